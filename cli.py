@@ -1,0 +1,68 @@
+"""What the command lines share: flags made from a dataclass, devices, one-line errors, files written whole."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from pathlib import Path
+
+import torch
+
+
+def option(default, help, choices=None):
+    """A dataclass field which is also a command-line flag: its default value, and what it means."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def add_flags(parser, config_class):
+    """Give `parser` one flag for every field of a dataclass made with `option`: top_p -> --top-p."""
+    for field in dataclasses.fields(config_class):
+        flag, kind = "--" + field.name.replace("_", "-"), field.type
+        more = {"default": field.default, "help": f"{field.metadata['help']} (default: {field.default})"}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **more)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(flag, type=typing.get_args(kind)[0], nargs="+", **more)
+        else:
+            parser.add_argument(flag, type=kind, choices=field.metadata["choices"], **more)
+
+
+def from_flags(args, config_class):
+    """The dataclass that parsed flags describe; its own checks (`__post_init__`) run here."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def pick_device(name):
+    """"auto" -> CUDA, else Apple's MPS, else the CPU; any other name is checked. ValueError where it is not there."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in have if have[kind])
+    if not have.get(name.split(":")[0], False):
+        raise ValueError(f"--device {name}: this machine has {', '.join(kind for kind in have if have[kind])}")
+    return torch.device(name)
+
+
+def save_whole(content, path):
+    """torch.save to a temporary file beside `path`, then rename: a cut leaves the old file, never half a new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run(main):
+    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

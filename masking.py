@@ -1,0 +1,100 @@
+"""What is hidden, and who may attend to whom [Sec. 3.1, Sec. 3.2, App. C].
+
+Pure functions on tensors, no model. MAGNeT learns to fill in hidden tokens; here are the cosine schedule that says how
+many, the spans that say which, and the attention mask of the restricted context. A *hidden* mask is True where a token
+is hidden; an *attention* mask is True where a query may attend. It leaves out the choice of spans to hide again while
+decoding, which needs the model's probabilities: see `sample.py`.
+"""
+
+import math
+
+import torch
+
+
+def cosine_schedule(t):
+    """[Eq. 3] The share of tokens to hide at time t: gamma = cos(pi t / 2), from 1 at t = 0 to 0 at t = 1.
+
+    t: float or tensor in [0, 1]; gives the same kind. In training t ~ U(0, 1); in decoding t = i / steps.
+    """
+    if isinstance(t, torch.Tensor):
+        return torch.cos(t * (math.pi / 2))
+    return math.cos(t * math.pi / 2)
+
+
+def expected_mask_rate(n_spans, n_frames, span_len):
+    """[App. C] Expected share of hidden frames with `n_spans` starts among `n_frames`: 1 - C(T - l, u) / C(T, u).
+
+    n_spans: int or tensor of ints, any shape; gives a float64 tensor of that shape. The binomials cancel to a product
+    of l factors (T - u - i) / (T - i), which neither overflows nor loses precision.
+
+    >>> expected_mask_rate(2, 10, 3)  # 1 - C(7, 2) / C(10, 2) = 1 - 21/45
+    tensor(0.5333, dtype=torch.float64)
+    """
+    u = torch.as_tensor(n_spans, dtype=torch.float64)
+    visible = torch.ones_like(u)
+    for i in range(min(span_len, n_frames)):
+        visible = visible * ((n_frames - u - i) / (n_frames - i)).clamp(min=0)
+    return 1 - visible
+
+
+def spans_for_mask_rate(rate, n_frames, span_len):
+    """[App. C] The number of spans u >= 1 whose expected mask rate is nearest to `rate`.
+
+    rate: float -> int, or a (B,) tensor -> (B,) long.
+    Deviation: the released code reads u from a table in steps of one percent; this is exact.
+    """
+    counts = torch.arange(1, n_frames + 1)
+    rates = expected_mask_rate(counts, n_frames, span_len)  # (T,)
+    wanted = torch.as_tensor(rate, dtype=torch.float64).cpu()
+    nearest = counts[(rates - wanted[..., None]).abs().argmin(dim=-1)]
+    return nearest.to(rate.device) if isinstance(rate, torch.Tensor) else nearest.item()
+
+
+def span_mask(n_spans, n_frames, span_len, generator=None):
+    """[Eq. 7] Hide `n_spans[b]` spans in row b: starts drawn without replacement, spans may overlap, cut at the end.
+
+    n_spans: (B,) long; gives (B, T) bool, True = hidden, on the device of `n_spans`. Never an empty row: u >= 1.
+    Random numbers are drawn on the generator's device, so one seed gives one mask on every device.
+    """
+    B = len(n_spans)
+    device = generator.device if generator is not None else n_spans.device
+    noise = torch.rand(B, n_frames, generator=generator, device=device).to(n_spans.device)
+    rank = noise.argsort(dim=1).argsort(dim=1)  # a random order of the frames, (B, T)
+    starts = rank < n_spans.clamp(min=1)[:, None]
+    return spans_from_starts(starts, span_len)
+
+
+def spans_from_starts(starts, span_len):
+    """[Eq. 7] The union of {t, .., t + l - 1} over all starts t: (B, T) bool -> (B, T) bool, cut at T.
+
+    >>> spans_from_starts(torch.tensor([[False, True, False, False, False, True]]), 3).int()
+    tensor([[0, 1, 1, 1, 0, 1]], dtype=torch.int32)
+    """
+    hidden = starts.clone()
+    for i in range(1, min(span_len, starts.shape[1])):
+        hidden[:, i:] |= starts[:, :-i]
+    return hidden
+
+
+def hide_codes(codes, stage, hidden, mask_id):
+    """[Sec. 3.1] The model's input at `stage`: it hidden where `hidden`, codebooks below visible, above all hidden.
+
+    codes: (B, K, T) long; hidden: (B, T) bool; gives new codes (B, K, T) with `mask_id` in the hidden places.
+    """
+    seen = codes.clone()
+    seen[:, stage] = codes[:, stage].masked_fill(hidden, mask_id)
+    seen[:, stage + 1:] = mask_id
+    return seen
+
+
+def restricted_attention_mask(n_frames, context):
+    """[Sec. 3.2, Fig. 8] The band |query - key| <= context: (T, T) bool, True = may attend; `context` in frames.
+
+    >>> restricted_attention_mask(4, 1).int()
+    tensor([[1, 1, 0, 0],
+            [1, 1, 1, 0],
+            [0, 1, 1, 1],
+            [0, 0, 1, 1]], dtype=torch.int32)
+    """
+    frames = torch.arange(n_frames)
+    return (frames[:, None] - frames[None, :]).abs() <= context

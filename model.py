@@ -1,0 +1,304 @@
+"""The MAGNeT transformer, written out [Sec. 2, Sec. 3.2], and the reader for its published weights.
+
+One pre-norm transformer serves all codebook levels ("stages"): the first attends everywhere, the later ones only to a
+few frames on either side. It leaves out everything that only large-scale training needs, and the text encoder: its
+input is T5's output, projected here to the model's width.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from masking import restricted_attention_mask
+
+
+@dataclass
+class ModelConfig:
+    """The shape of the network, and what of its training decoding must know."""
+
+    n_codebooks: int = 4  # K
+    card: int = 256  # entries per codebook; the mask token gets the id `card`
+    dim: int = 192  # C, the width
+    n_heads: int = 6
+    n_layers: int = 6
+    ffn_mult: int = 4  # hidden width of the feed-forward layers / dim
+    text_dim: int = 64  # width of T5's output
+    context: int = 5  # frames that stages after the first may see on each side; -1: all
+    span_len: int = 3  # frames per span of the training masks
+    seconds: float = 4.0  # length of the training clips
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.dim % self.n_heads or self.dim % 2 or self.dim < 4:
+            raise ValueError(f"dim must be even, at least 4 and a multiple of n_heads = {self.n_heads}, not {self.dim}")
+
+
+def local_attention(q, k, v, context):
+    """[Sec. 3.2] Attention within `context` frames on each side, in O(T * context) memory and time.
+
+    q, k, v: (B, H, T, D); gives (B, H, T, D). The frames are cut into blocks; a block's queries see the keys of the
+    block and of `context` frames before and after it, which holds the whole window of each of them.
+    """
+    B, H, T, D = q.shape
+    block = max(32, context)
+    n = math.ceil(T / block)
+    width = block + 2 * context
+    q = F.pad(q, (0, 0, 0, n * block - T)).view(B, H, n, block, D)
+    k, v = (F.pad(x, (0, 0, context, n * block - T + context)).unfold(2, width, block).transpose(3, 4) for x in (k, v))
+    query = torch.arange(n * block, device=q.device).view(n, block, 1)  # the frame that each place stands for
+    key = torch.arange(n, device=q.device).view(n, 1, 1) * block + torch.arange(width, device=q.device) - context
+    exists = (key >= 0) & (key < T) | (query >= T)  # padded queries may see padding: no row is ever empty
+    may_attend = ((query - key).abs() <= context) & exists  # (n, block, width)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)  # (B, H, n, block, D)
+    return out.reshape(B, H, n * block, D)[:, :, :T]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention without biases; full, or restricted to a local context."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x, context=None):
+        """x (B, T, C) -> (B, T, C); `context` in frames, None for full attention."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if context is None or T <= context + 1:
+            out = F.scaled_dot_product_attention(q, k, v)
+        elif T <= 2 * context + 32:  # one block would hold everything
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=restricted_attention_mask(T, context).to(x.device))
+        else:
+            out = local_attention(q, k, v, context)
+        return self.out(out.transpose(1, 2).reshape(B, T, C))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from the frames to the text, without biases and, as released, without a key mask."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.q = nn.Linear(config.dim, config.dim, bias=False)
+        self.kv = nn.Linear(config.dim, 2 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def keys_values(self, text):
+        """Projected text (B, N, C) -> keys and values (2, B, H, N, D): all that decoding needs of the text."""
+        B, N, _ = text.shape
+        return self.kv(text).view(B, N, 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, keys_values):
+        """x (B, T, C), keys_values (2, B, H, N, D) -> (B, T, C)."""
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+        out = F.scaled_dot_product_attention(q, *keys_values)
+        return self.out(out.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each behind a LayerNorm and added to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.norm_cross, self.norm2 = (nn.LayerNorm(config.dim) for _ in range(3))
+        self.self_attn = SelfAttention(config)
+        self.cross_attn = CrossAttention(config)
+        self.linear1 = nn.Linear(config.dim, config.ffn_mult * config.dim, bias=False)
+        self.linear2 = nn.Linear(config.ffn_mult * config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, context, keys_values):
+        x = x + self.dropout(self.self_attn(self.norm1(x), context))
+        if keys_values is not None:
+            x = x + self.dropout(self.cross_attn(self.norm_cross(x), keys_values))
+        return x + self.dropout(self.linear2(F.gelu(self.linear1(self.norm2(x)))))
+
+
+def positions(n_frames, dim, device):
+    """Sinusoidal position embedding, cosines first: (T, C) float32, phase = pos / 10000 ** (j / (C / 2 - 1))."""
+    rate = 10_000 ** (-torch.arange(dim // 2, device=device) / (dim // 2 - 1))
+    phase = torch.arange(n_frames, device=device)[:, None] * rate  # (T, C / 2)
+    return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class MAGNeT(nn.Module):
+    """[Sec. 3.1] Codes with hidden places in, logits of one codebook out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.mask_id = config.card
+        self.text_proj = nn.Linear(config.text_dim, config.dim)
+        self.emb = nn.ModuleList(nn.Embedding(config.card + 1, config.dim) for _ in range(config.n_codebooks))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.out_norm = nn.LayerNorm(config.dim)
+        self.heads = nn.ModuleList(nn.Linear(config.dim, config.card, bias=False) for _ in range(config.n_codebooks))
+        self.apply(self._init)
+
+    def _init(self, module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            std = 1 / math.sqrt(self.config.dim if isinstance(module, nn.Embedding) else module.in_features)
+            nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def prepare_text(self, text, text_mask):
+        """Project the text and compute every block's keys and values, once per prompt.
+
+        text: (B, N, text_dim), T5's output; text_mask: (B, N), zero at padding. Padded positions take part in the
+        attention as zero keys and values, as released; a row whose mask is all zero is the null condition, and its
+        cross-attention output is exactly zero. Gives a list of (2, B, H, N, D), for `forward`'s `prepared`.
+        """
+        if text.shape[-1] != self.config.text_dim:
+            raise ValueError(f"the text embeddings are {text.shape[-1]} wide; this model wants {self.config.text_dim}")
+        projected = self.text_proj(text.to(self.text_proj.weight.dtype)) * text_mask[..., None]  # (B, N, C)
+        return [block.cross_attn.keys_values(projected) for block in self.blocks]
+
+    def forward(self, codes, stage, text=None, text_mask=None, prepared=None):
+        """Logits of codebook `stage` at every frame: (B, T, card) float32.
+
+        codes: (B, K, T) long with mask tokens in place (see `masking.hide_codes`); stage: 0-based codebook;
+        text: (B, N, text_dim) and text_mask: (B, N); text=None is the null condition. `prepared`, from
+        `prepare_text`, stands in for text and text_mask.
+        """
+        if codes.shape[1] != self.config.n_codebooks:
+            raise ValueError(f"codes have {codes.shape[1]} codebooks; this model has {self.config.n_codebooks}")
+        if not 0 <= stage < self.config.n_codebooks:
+            raise ValueError(f"stage must be between 0 and {self.config.n_codebooks - 1}, not {stage}")
+        if text is not None:
+            prepared = self.prepare_text(text, torch.ones_like(text[..., 0]) if text_mask is None else text_mask)
+        context = None if stage == 0 or self.config.context < 0 else self.config.context
+        x = sum(emb(codes[:, k]) for k, emb in enumerate(self.emb))  # (B, T, C)
+        x = x + positions(codes.shape[2], self.config.dim, x.device).to(x.dtype)
+        for i, block in enumerate(self.blocks):
+            x = block(x, context, prepared[i] if prepared is not None else None)
+        return self.heads[stage](self.out_norm(x)).float()  # (B, T, card)
+
+    def n_params(self):
+        """The number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def __repr__(self):
+        c = self.config
+        reach = "full attention" if c.context < 0 else f"{c.context} frames of context after stage 0"
+        return (f"MAGNeT({self.n_params() / 1e6:.1f}M parameters: {c.n_layers} layers x {c.dim} wide x {c.n_heads} heads,"
+                f" {c.n_codebooks} codebooks x {c.card} entries, spans of {c.span_len}, {reach})")
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+TOY_MODEL = Path(__file__).parent / "toy" / "weights" / "magnet.pt"
+
+
+def read_checkpoint(path, keys):
+    """A dictionary written by torch.save, read without running code in it; ValueError names a file that is not one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no one type for "not a checkpoint"
+        raise ValueError(f"{path}: cannot be read as a checkpoint; it is damaged or something else") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{path}: is not such a checkpoint (it lacks {', '.join(missing)})")
+    return content
+
+
+def load_strictly(model, state, path):
+    """Copy `state` into `model`; a missing, unexpected or misshapen tensor is a ValueError naming it and the file."""
+    wanted = model.state_dict()
+    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    for problem, names in (("is missing", missing), ("is unexpected", unexpected)):
+        if names:
+            raise ValueError(f"{path}: tensor {min(names)} {problem} ({len(names)} such)")
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, want {tuple(wanted[name].shape)}")
+    model.load_state_dict(state)
+
+
+def load_model(name_or_path, device="cpu"):
+    """Load a trained model: "toy", the folder of a training run, or a checkpoint file.
+
+    Gives (MAGNeT in eval mode with the averaged weights, {"codec": name, "text_encoder": name}). Raises ValueError
+    naming the file for an unknown model and for a damaged or foreign checkpoint.
+    """
+    path = TOY_MODEL if name_or_path == "toy" else Path(name_or_path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"unknown model {str(name_or_path)!r}: want toy, a training run's folder or a checkpoint file")
+    content = read_checkpoint(path, ("model_config", "ema", "codec", "text_encoder"))
+    try:
+        model = MAGNeT(ModelConfig(**content["model_config"]))
+    except TypeError as error:
+        raise ValueError(f"{path}: its model_config is not one of this version ({error})") from error
+    load_strictly(model, content["ema"], path)
+    return model.to(device).eval().requires_grad_(False), {key: content[key] for key in ("codec", "text_encoder")}
+
+
+def yaml_section(text, name):
+    """The plain `key: value` lines of one top-level section of a YAML text: all that AudioCraft's configs ask for."""
+    lines, inside = {}, False
+    for line in text.splitlines():
+        if line[:1].strip():
+            inside = line.startswith(f"{name}:")
+        elif inside and line.startswith("  ") and line[2:3].strip() and ":" in line:
+            key, _, value = line.partition(":")
+            lines[key.strip()] = value.strip()
+    return lines
+
+
+def audiocraft_config(text, text_dim):
+    """The `ModelConfig` that a published model's YAML text describes. Raises KeyError if something is missing."""
+    lm, data = yaml_section(text, "transformer_lm"), yaml_section(text, "dataset")
+    return ModelConfig(
+        n_codebooks=int(lm["n_q"]), card=int(lm["card"]), dim=int(lm["dim"]), n_heads=int(lm["num_heads"]),
+        n_layers=int(lm["num_layers"]), ffn_mult=int(lm["hidden_scale"]), text_dim=text_dim,
+        context=int(lm["subcodes_context"]), span_len=int(lm["span_len"]), seconds=float(data["segment_duration"]))
+
+
+PUBLISHED_NAMES = (  # AudioCraft's name -> ours
+    ("condition_provider.conditioners.description.output_proj", "text_proj"),
+    ("transformer.layers", "blocks"), ("cross_attention.out_proj", "cross_attn.out"),
+    ("self_attn.in_proj_weight", "self_attn.qkv.weight"), ("self_attn.out_proj", "self_attn.out"),
+    ("linears", "heads"),
+)
+
+
+def from_published_names(state):
+    """Rename AudioCraft's tensors to ours; its cross-attention stacks q, k and v, ours keeps q and kv apart."""
+    ours = {}
+    for name, tensor in state.items():
+        for theirs, mine in PUBLISHED_NAMES:
+            name = name.replace(theirs, mine)
+        if name.endswith("cross_attention.in_proj_weight"):
+            prefix = name.replace("cross_attention.in_proj_weight", "cross_attn")
+            ours[f"{prefix}.q.weight"], ours[f"{prefix}.kv.weight"] = tensor.tensor_split([tensor.shape[0] // 3])
+        else:
+            ours[name] = tensor
+    return ours
+
+
+def load_audiocraft(path):
+    """Read a published MAGNeT (`state_dict.bin`, or the folder that holds it) into a `MAGNeT`, float32, in eval mode.
+
+    Raises ValueError naming the file when it is missing, not a published MAGNeT, or does not fit its own settings.
+    """
+    path = Path(path)
+    path = path / "state_dict.bin" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file (want a published state_dict.bin)")
+    content = read_checkpoint(path, ("best_state", "xp.cfg"))
+    try:
+        state = from_published_names(content["best_state"])
+        config = audiocraft_config(content["xp.cfg"], state["text_proj.weight"].shape[1])
+    except (KeyError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not a published MAGNeT ({type(error).__name__}: {error})") from error
+    model = MAGNeT(config)
+    load_strictly(model, state, path)
+    return model.eval().requires_grad_(False)

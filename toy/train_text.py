@@ -1,0 +1,103 @@
+"""Pretrain the toy world's text encoder, which `train.py` then keeps frozen, as MAGNeT keeps T5 [Sec. 2].
+
+A SentencePiece model is trained on toy captions, and a small T5 encoder learns to read the five attributes off them,
+each with a linear reader on the mean token embedding; an attribute that a caption leaves unsaid is a class of its own.
+The encoder sees captions of all combinations, held-out pairs too: a text encoder has read everything, it is the music
+that was never heard. The readers are thrown away.
+
+    python -m toy.train_text --out runs/text
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import trange
+
+from t5_encoder import T5Config, T5Encoder, Tokenizer
+from toy.world import ATTRIBUTES, caption, combinations
+
+
+def draw_caption(rng, p_unsaid=0.3):
+    """A caption and its labels (5,); half of the captions leave each attribute unsaid with probability `p_unsaid`."""
+    rows = combinations("train") + combinations("unseen")
+    attributes = dict(rows[rng.integers(len(rows))])
+    if rng.random() < 0.5:
+        said = {name: value for name, value in attributes.items() if rng.random() >= p_unsaid}
+        attributes = said or attributes
+    labels = [len(values) if name not in attributes else values.index(attributes[name])
+              for name, values in ATTRIBUTES.items()]
+    return caption(attributes, rng), labels
+
+
+def train_tokenizer(path, rng, vocab_size, n_captions=20_000):
+    """Write a SentencePiece model with T5's special ids: pad 0, end of sequence 1."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(draw_caption(rng)[0] for _ in range(n_captions)), model_writer=model, vocab_size=vocab_size,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    path.write_bytes(model.getvalue())
+
+
+def read_attributes(readers, embeddings, mask):
+    """Mean over the tokens, then one linear reader per attribute: a list of logits (B, values + 1)."""
+    weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, N)
+    pooled = (embeddings * weights[..., None]).sum(dim=1)  # (B, D)
+    return [reader(pooled) for reader in readers]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="pretrain the toy text encoder")
+    parser.add_argument("--out", type=Path, default=Path("runs/text"))
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--vocab-size", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(args.out / "spiece.model", rng, args.vocab_size)
+    tokenizer = Tokenizer(args.out / "spiece.model")
+    config = T5Config(tokenizer.vocab_size, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+                      feed_forward_proj="gated-gelu")
+    encoder = T5Encoder(config)
+    encoder.tokenizer = tokenizer
+    readers = nn.ModuleList(nn.Linear(config.d_model, len(values) + 1) for values in ATTRIBUTES.values())
+    parameters = [*encoder.parameters(), *readers.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
+
+    def batch(generator, size):
+        captions, labels = zip(*(draw_caption(generator) for _ in range(size)), strict=True)
+        return tokenizer(captions), torch.tensor(labels).T  # labels (5, B)
+
+    bar = trange(args.steps)
+    for _ in bar:
+        (ids, mask), labels = batch(rng, args.batch_size)
+        logits = read_attributes(readers, encoder(ids, mask), mask)
+        loss = sum(F.cross_entropy(x, y) for x, y in zip(logits, labels, strict=True))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.4f}")
+    (ids, mask), labels = batch(np.random.default_rng([args.seed, 1]), 2000)
+    with torch.no_grad():
+        logits = read_attributes(readers, encoder(ids, mask), mask)
+    for name, x, y in zip(ATTRIBUTES, logits, labels, strict=True):
+        print(f"{name}: {(x.argmax(dim=1) == y).float().mean().item():.2%} of 2000 fresh captions read right")
+    encoder.save_pretrained(args.out, dtype=torch.float16)
+    n_params = sum(p.numel() for p in encoder.parameters())
+    print(f"wrote {args.out}: {n_params:,} parameters, {tokenizer.vocab_size} pieces")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import types
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,13 +42,14 @@ def import_encodec():
 
 
 encodec = import_encodec()
+warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)  # the package's kind of it
 
 TOY_CODEC = Path(__file__).parent / "toy" / "weights" / "codec.pt"
 
 
 @dataclass
 class CodecConfig:
-    """The shape of an EnCodec: `sample_rate` in Hz; the product of `ratios`, the decoder's strides, is the hop length."""
+    """The shape of an EnCodec: `sample_rate` in Hz; `ratios` are the decoder's strides, their product the hop."""
 
     sample_rate: int = 16_000
     ratios: tuple[int, ...] = (8, 5, 4, 2)

@@ -188,8 +188,8 @@ class MAGNeT(nn.Module):
     def __repr__(self):
         c = self.config
         reach = "full attention" if c.context < 0 else f"{c.context} frames of context after stage 0"
-        return (f"MAGNeT({self.n_params() / 1e6:.1f}M parameters: {c.n_layers} layers x {c.dim} wide x {c.n_heads} heads,"
-                f" {c.n_codebooks} codebooks x {c.card} entries, spans of {c.span_len}, {reach})")
+        return (f"MAGNeT({self.n_params() / 1e6:.1f}M parameters: {c.n_layers} layers x {c.dim} wide,"
+                f" {c.n_heads} heads, {c.n_codebooks} codebooks x {c.card} entries, spans of {c.span_len}, {reach})")
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

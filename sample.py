@@ -297,7 +297,7 @@ def main():
         audio_prompt = codec.encode(load_audio(args.audio_prompt, codec.sample_rate)[None].to(device))  # (1, K, P)
         if audio_prompt.shape[2] >= n_frames:
             length = audio_prompt.shape[2] / codec.frame_rate
-            raise ValueError(f"--audio-prompt {args.audio_prompt} lasts {length:g} s; want less than --seconds {seconds:g}")
+            raise ValueError(f"--audio-prompt {args.audio_prompt} is {length:g} s long; want less than {seconds:g} s")
     print(model)
     prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
     paths = output_paths(args.out, len(prompts))

@@ -50,11 +50,17 @@ def combinations(split):
 
 
 def example(index, split="train", seed=0, seconds=SECONDS):
-    """Clip number `index` of a split: (wav (S,) float32 at 16 kHz, caption, attributes); a function of its arguments."""
+    """Clip number `index` of a split: (wav (S,) float32 at 16 kHz, caption, attributes), always the same."""
+    attributes, words, rng = describe(index, split, seed)
+    return render(attributes, rng, seconds), words, attributes
+
+
+def describe(index, split="train", seed=0):
+    """What clip number `index` of a split will be, before it is played: (attributes, caption, random generator)."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     rows = combinations(split)
     attributes = rows[rng.integers(len(rows))]
-    return render(attributes, rng, seconds), caption(attributes, rng), attributes
+    return attributes, caption(attributes, rng), rng
 
 
 # ---------------------------------------------------------------------------------------------------------- instruments

@@ -1,0 +1,371 @@
+"""Training: one straight loop for the paper's objective [Sec. 3.1, Sec. 4].
+
+A step draws a codebook (the stage) for the whole batch and, for every clip, a time t and a span mask at the rate
+cos(pi t / 2); the loss is the cross-entropy of the hidden tokens of that codebook, and of nothing else. The codec and
+the text encoder have done their work beforehand: see `data.py`. It leaves out D-Adaptation and sharding.
+
+    python train.py --data toy --out runs/toy
+    python train.py --out runs/toy --resume                       # goes on as if it had never stopped
+    torchrun --nproc-per-node 4 train.py --data toy --out runs/toy
+"""
+
+import argparse
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from cli import add_flags, from_flags, option, pick_device, run, save_whole
+from data import load_data
+from encodec_wrap import load_codec
+from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
+from model import MAGNeT, ModelConfig, load_strictly, read_checkpoint
+from t5_encoder import T5Encoder
+
+MASK_RATES = (0.25, 0.5, 0.75, 1.0)  # at which validation measures
+STATE_KEYS = ("config", "model_config", "model", "ema", "optimizer", "scaler", "step", "rng")
+
+
+@dataclass
+class TrainConfig:
+    """All that decides what a run learns; kept in its checkpoint."""
+
+    data: str = option("toy", "toy, a folder of audio with .txt or .json captions, or a JSON-lines manifest")
+    codec: str = option("toy", "toy, encodec_24khz, or a codec file")
+    text_encoder: str = option("toy", "toy, t5-small, t5-base, google/flan-t5-small, or a folder")
+    n_codebooks: int = option(0, "use only the codec's first K codebooks; 0 uses what it has")
+    seconds: float = option(4.0, "length of the training clips")
+    audio_key: str = option("location", "where a manifest's lines name the audio file")
+    caption_key: str = option("main_caption", "where JSON captions and a manifest's lines hold the text")
+    toy_clips: int = option(4000, "size of the toy data set")
+    dim: int = option(192, "width of the transformer")
+    n_heads: int = option(6, "attention heads")
+    n_layers: int = option(6, "blocks")
+    dropout: float = option(0.0, "dropout inside the blocks")
+    span_len: int = option(3, "frames per masked span")
+    context_ms: float = option(100.0, "how far stages after the first see on each side; negative: everywhere")
+    steps: int = option(6000, "optimiser steps")
+    batch_size: int = option(16, "clips per step, over all processes")
+    accumulate: int = option(1, "split each step's clips into this many parts, to save memory")
+    lr: float = option(1e-3, "peak learning rate")
+    warmup: int = option(300, "steps of linear warm-up, before the cosine decay")
+    weight_decay: float = option(0.1, "AdamW's weight decay")
+    clip_norm: float = option(1.0, "gradients are clipped to this norm")
+    ema_decay: float = option(0.999, "per step, of the averaged weights that are used for sampling")
+    condition_dropout: float = option(0.3, "probability that a clip's text is dropped")
+    seed: int = option(0, "of weights, batches and masks")
+    dtype: str = option("auto", "of the matrix products; auto: bf16 or fp16 on CUDA, else fp32",
+                        ("auto", "fp32", "bf16", "fp16"))
+
+    def __post_init__(self):
+        for name in ("seconds", "steps", "batch_size", "accumulate", "lr", "span_len", "toy_clips", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        for name in ("dropout", "condition_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
+
+
+def draw_hidden(n_clips, n_frames, span_len, generator):
+    """[Sec. 3.1] Training masks: t ~ U(0, 1) for each clip, spans at mask rate cos(pi t / 2): (B, T) bool."""
+    rate = cosine_schedule(torch.rand(n_clips, generator=generator))
+    return span_mask(spans_for_mask_rate(rate, n_frames, span_len), n_frames, span_len, generator)
+
+
+def masked_cross_entropy(model, codes, stage, hidden, counted, text, text_mask):
+    """[Sec. 3.1] Summed cross-entropy of the hidden tokens of codebook `stage`, in nats.
+
+    codes: (B, K, T); hidden: (B, T), what the model does not see; counted: (B, T), the part of it that is not padding.
+    """
+    seen = hide_codes(codes, stage, hidden, mask_id=model_of(model).mask_id)
+    logits = model(seen, stage, text, text_mask)  # (B, T, card)
+    return F.cross_entropy(logits[counted], codes[:, stage][counted], reduction="sum")
+
+
+def model_of(model):
+    """The MAGNeT inside what torch.compile or DistributedDataParallel wrapped around it."""
+    return getattr(getattr(model, "module", model), "_orig_mod", getattr(model, "module", model))
+
+
+def learning_rate(step, config):
+    """[Sec. 4] Linear warm-up, then a cosine down to zero at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+@torch.no_grad()
+def validate(model, clips, device, amp, max_clips=64, seed=0):
+    """Cross-entropy per codebook at fixed mask rates, nats per token: {stage: {rate: value}}; always the same masks."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(min(len(clips), max_clips))
+    codes, text, text_mask = clips.batch(rows, device)
+    T, span_len = codes.shape[2], model.config.span_len
+    losses = {}
+    for stage in range(model.config.n_codebooks):
+        losses[stage] = {}
+        for rate in MASK_RATES:
+            n_spans = torch.full((len(rows),), spans_for_mask_rate(rate, T, span_len))
+            hidden = span_mask(n_spans, T, span_len, generator).to(device)
+            counted = hidden & clips.valid(rows).to(device)
+            with amp():
+                total = masked_cross_entropy(model, codes, stage, hidden, counted, text, text_mask)
+            losses[stage][rate] = total.item() / max(1, int(counted.sum()))
+    return losses
+
+
+class AveragedWeights:
+    """[Sec. 4] The exponential moving average of a model's weights, which sampling and validation use."""
+
+    def __init__(self, model):
+        self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model, decay, step):
+        decay = min(decay, (1 + step) / (10 + step))  # at first a short memory, to forget the random start
+        for name, tensor in model.state_dict().items():
+            self.weights[name].lerp_(tensor, 1 - decay)
+
+
+class Log:
+    """log.csv: one row per logged step. On resuming, rows after the checkpoint are cut off: they will be made again."""
+
+    def __init__(self, path, columns, resumed_step):
+        rows = []
+        if resumed_step and path.is_file():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
+        self.file = path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, columns)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+        self.file.flush()
+
+    def write(self, **row):
+        self.writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
+        self.file.flush()
+
+
+def precision(dtype, device):
+    """(a function giving the autocast context, whether gradients need scaling) for a --dtype on a device."""
+    if dtype == "auto":
+        dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if dtype == "fp32":
+        return nullcontext, False
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    return lambda: torch.autocast(device.type, kind), dtype == "fp16"
+
+
+def random_states(generator, device):
+    """Every random state that training draws from."""
+    states = {"generator": generator.get_state(), "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_random_states(states, generator, device):
+    generator.set_state(states["generator"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def write_samples(out, step, captions, device):
+    """Let `sample.py` play a few captions with the checkpoint just written; a failure is told, and training goes on."""
+    command = [sys.executable, str(Path(__file__).with_name("sample.py")), *captions, "--model", str(out),
+               "--out", str(out / "samples" / f"step-{step:06d}.wav"), "--device", device.type]
+    if subprocess.run(command, capture_output=True).returncode:
+        print(f"could not write samples; to see why: {' '.join(map(repr, command))}")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Train a MAGNeT.")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
+    parser.add_argument("--init-from", help="start from the weights of this run folder, checkpoint file, or toy")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for codes and text embeddings")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--val-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--sample-every", type=int, default=0, help="steps between audio samples; 0: none")
+    parser.add_argument("--sample-captions", nargs="+", default=["a slow deep flute plays a rising melody, with drums",
+                                                                 "a fast high bell plays an arpeggio, without drums"])
+    add_flags(parser, TrainConfig)
+    return parser.parse_args()
+
+
+def train(args, device, rank, world):
+    """One process's part of a run; `world` processes draw the same batches and each takes its slice of them."""
+    checkpoint, state = args.out / "checkpoint.pt", None
+    if args.resume:
+        if not checkpoint.is_file():
+            raise ValueError(f"--resume: there is no {checkpoint}")
+        state = read_checkpoint(checkpoint, STATE_KEYS)
+        config = TrainConfig(**state["config"])
+    elif checkpoint.exists():
+        raise ValueError(f"{args.out} holds a run already: give --resume, or another --out")
+    else:
+        config = from_flags(args, TrainConfig)
+    if config.batch_size % (world * config.accumulate):
+        raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
+                         f"{world} x {config.accumulate}")
+    say = print if rank == 0 else lambda *_: None
+
+    codec = load_codec(config.codec, config.n_codebooks or None, device)
+    encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
+    sources = dict(audio_key=config.audio_key, caption_key=config.caption_key, toy_clips=config.toy_clips)
+    if rank > 0:
+        dist.barrier()  # the first process fills the cache, the others find it filled
+    clips, valid_clips = load_data(config.data, codec, encoder, config.seconds, args.cache, device=device, **sources)
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+    torch.manual_seed(config.seed)
+    context = round(config.context_ms / 1000 * codec.frame_rate) if config.context_ms >= 0 else -1
+    model_config = ModelConfig(
+        n_codebooks=codec.n_codebooks, card=codec.codebook_size, dim=config.dim, n_heads=config.n_heads,
+        n_layers=config.n_layers, text_dim=encoder.config.d_model, context=context, span_len=config.span_len,
+        seconds=config.seconds, dropout=config.dropout)
+    model = MAGNeT(model_config).to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    amp, scaled = precision(config.dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    averaged, first = AveragedWeights(model), 0
+    if args.init_from and not args.resume:
+        from_path = Path(args.init_from)
+        path = from_path / "checkpoint.pt" if from_path.is_dir() else from_path
+        load_strictly(model, read_checkpoint(path, ("ema",))["ema"], path)
+        averaged = AveragedWeights(model)
+    if state:
+        load_strictly(model, state["model"], checkpoint)
+        averaged.weights = {name: tensor.to(device) for name, tensor in state["ema"].items()}
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        restore_random_states(state["rng"], generator, device)
+        first = state["step"]
+    say(f"{model}\n{len(clips)} training and {len(valid_clips)} validation clips, on {device} x {world}")
+
+    judged = MAGNeT(model_config).to(device).eval()  # wears the averaged weights for validation
+    wrapped = torch.compile(model) if args.compile else model
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, find_unused_parameters=True)  # a step uses one stage's head
+
+    def save(step):
+        if rank == 0:
+            save_whole({
+                "config": asdict(config), "model_config": asdict(model_config), "codec": config.codec,
+                "text_encoder": config.text_encoder, "model": model.state_dict(), "ema": averaged.weights,
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+                "rng": random_states(generator, device)}, checkpoint)
+
+    stages, T, chance = range(codec.n_codebooks), clips.codes.shape[2], math.log(model_config.card)
+    columns = ["step", "loss", "lr", "seconds", *(f"val_{k}_{rate}" for k in stages for rate in MASK_RATES)]
+    log = Log(args.out / "log.csv", columns, first) if rank == 0 else None
+    stopping = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stopping.append(True))
+    losses, start = [], time.time()
+    bar = tqdm(total=config.steps, initial=first, disable=rank > 0, unit="step")
+    for step in range(first, config.steps):
+        # What the whole step trains on is drawn by every process alike.
+        B = config.batch_size
+        stage = int(torch.randint(len(stages), (), generator=generator))
+        rows = torch.randint(len(clips), (B,), generator=generator)
+        hidden = draw_hidden(B, T, config.span_len, generator)
+        keep_text = torch.rand(B, generator=generator) >= config.condition_dropout
+        counted = hidden & clips.valid(rows)
+        total = max(1, int(counted.sum()))
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.zero_grad(set_to_none=True)
+        step_loss = torch.zeros((), device=device)
+        parts = torch.arange(B).view(world, config.accumulate, -1)[rank]
+        for i, part in enumerate(parts):
+            codes, text, text_mask = clips.batch(rows[part], device)
+            text_mask = text_mask * keep_text[part, None].to(device)
+            waiting = world > 1 and i + 1 < len(parts)  # gradients are exchanged after the last part
+            with wrapped.no_sync() if waiting else nullcontext():
+                with amp():
+                    loss = masked_cross_entropy(
+                        wrapped, codes, stage, hidden[part].to(device), counted[part].to(device), text, text_mask)
+                scaler.scale(loss / total * world).backward()  # DistributedDataParallel averages over processes
+            step_loss += loss.detach() / total
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        averaged.update(model, config.ema_decay, step)
+        if world > 1:
+            dist.all_reduce(step_loss)
+        losses.append(step_loss.item())
+        done = step + 1
+        bar.update()
+
+        last = done == config.steps or stop_requested(stopping, world, device)
+        row = {}
+        if done % args.val_every == 0 or done == config.steps:
+            judged.load_state_dict(averaged.weights)
+            values = validate(judged, valid_clips, device, amp)
+            row = {f"val_{k}_{rate}": values[k][rate] for k in stages for rate in MASK_RATES}
+            means = "  ".join(f"{sum(values[k].values()) / len(MASK_RATES):.3f}" for k in stages)
+            bar.write(f"step {done}: validation cross-entropy per codebook {means}  (chance {chance:.3f})")
+        if log and (row or done % args.log_every == 0 or last):
+            bar.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}")
+            log.write(step=done, loss=sum(losses) / len(losses), lr=learning_rate(step, config),
+                      seconds=time.time() - start, **row)
+            losses = []
+        if done % args.save_every == 0 or last:
+            save(done)
+        if rank == 0 and args.sample_every and done % args.sample_every == 0:
+            save(done)
+            write_samples(args.out, done, args.sample_captions, device)
+        if last:
+            break
+    bar.close()
+    say(f"{args.out} is at step {done if first < config.steps else first} of {config.steps}")
+
+
+def stop_requested(stopping, world, device):
+    """Whether any process was asked to stop (Ctrl-C or SIGTERM): all stop after the same step."""
+    if world == 1:
+        return bool(stopping)
+    flag = torch.tensor(float(bool(stopping)), device=device)
+    dist.all_reduce(flag)
+    return bool(flag)
+
+
+def main():
+    args = parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        train(args, device, rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

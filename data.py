@@ -46,6 +46,8 @@ class Clips:
         """rows: (B,) long -> codes (B, K, T) long, text (B, N, D) float32, text_mask (B, N) float32."""
         texts = [self.text[i] for i in self.caption[rows]]
         text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).float()
+        if not text.shape[1]:  # only empty captions: one masked place, so that there is something to attend to
+            text = text.new_zeros(len(texts), 1, text.shape[2])
         lengths = torch.tensor([len(t) for t in texts])
         text_mask = (torch.arange(text.shape[1]) < lengths[:, None]).float()
         return self.codes[rows].long().to(device), text.to(device), text_mask.to(device)

@@ -126,8 +126,13 @@ def load_codec(name_or_path, n_codebooks=None, device="cpu"):
     name and for a file that is not a codec; the 24 kHz weights are downloaded once, to torch's hub cache.
     """
     if name_or_path == "encodec_24khz":
-        codec = Codec(encodec.EncodecModel.encodec_model_24khz(), n_codebooks or 8)
-        return codec.to(device).eval().requires_grad_(False)
+        try:
+            model = encodec.EncodecModel.encodec_model_24khz()
+        except OSError as error:
+            url = f"{encodec.model.ROOT_URL}encodec_24khz-d7cc33bc.th"
+            folder = Path(torch.hub.get_dir(), "checkpoints")
+            raise ConnectionError(f"could not download {url} ({error}); fetch it by hand into {folder}") from error
+        return Codec(model, n_codebooks or 8).to(device).eval().requires_grad_(False)
     path = TOY_CODEC if name_or_path == "toy" else Path(name_or_path)
     if not path.is_file():
         raise ValueError(f"unknown codec {str(name_or_path)!r}: want toy, encodec_24khz or the file of a trained codec")

@@ -50,8 +50,8 @@ class TrainConfig:
     audio_key: str = option("location", "where a manifest's lines name the audio file")
     caption_key: str = option("main_caption", "where JSON captions and a manifest's lines hold the text")
     toy_clips: int = option(4000, "size of the toy data set")
-    dim: int = option(192, "width of the transformer")
-    n_heads: int = option(6, "attention heads")
+    dim: int = option(160, "width of the transformer")
+    n_heads: int = option(5, "attention heads")
     n_layers: int = option(6, "blocks")
     dropout: float = option(0.0, "dropout inside the blocks")
     span_len: int = option(3, "frames per masked span")
@@ -208,18 +208,31 @@ def parse_args():
     return parser.parse_args()
 
 
+def read_config(args, checkpoint):
+    """(what to train, the state to go on from or None); a run that exists is only ever touched by --resume."""
+    if not args.resume:
+        if checkpoint.exists():
+            raise ValueError(f"{args.out} holds a run already: give --resume, or another --out")
+        return from_flags(args, TrainConfig), None
+    if not checkpoint.is_file():
+        raise ValueError(f"--resume: there is no {checkpoint}")
+    state = read_checkpoint(checkpoint, STATE_KEYS)
+    return TrainConfig(**state["config"]), state
+
+
+def draw_step(clips, n_codebooks, config, generator):
+    """[Sec. 3.1] What a step trains on: the stage, the clips' rows (B,), what is hidden (B, T), whose text stays."""
+    stage = int(torch.randint(n_codebooks, (), generator=generator))
+    rows = torch.randint(len(clips), (config.batch_size,), generator=generator)
+    hidden = draw_hidden(config.batch_size, clips.codes.shape[2], config.span_len, generator)
+    keep_text = torch.rand(config.batch_size, generator=generator) >= config.condition_dropout
+    return stage, rows, hidden, keep_text
+
+
 def train(args, device, rank, world):
     """One process's part of a run; `world` processes draw the same batches and each takes its slice of them."""
-    checkpoint, state = args.out / "checkpoint.pt", None
-    if args.resume:
-        if not checkpoint.is_file():
-            raise ValueError(f"--resume: there is no {checkpoint}")
-        state = read_checkpoint(checkpoint, STATE_KEYS)
-        config = TrainConfig(**state["config"])
-    elif checkpoint.exists():
-        raise ValueError(f"{args.out} holds a run already: give --resume, or another --out")
-    else:
-        config = from_flags(args, TrainConfig)
+    checkpoint = args.out / "checkpoint.pt"
+    config, state = read_config(args, checkpoint)
     if config.batch_size % (world * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
                          f"{world} x {config.accumulate}")
@@ -273,7 +286,7 @@ def train(args, device, rank, world):
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
                 "rng": random_states(generator, device)}, checkpoint)
 
-    stages, T, chance = range(codec.n_codebooks), clips.codes.shape[2], math.log(model_config.card)
+    stages, chance = range(codec.n_codebooks), math.log(model_config.card)
     columns = ["step", "loss", "lr", "seconds", *(f"val_{k}_{rate}" for k in stages for rate in MASK_RATES)]
     log = Log(args.out / "log.csv", columns, first) if rank == 0 else None
     stopping = []
@@ -282,12 +295,7 @@ def train(args, device, rank, world):
     losses, start = [], time.time()
     bar = tqdm(total=config.steps, initial=first, disable=rank > 0, unit="step")
     for step in range(first, config.steps):
-        # What the whole step trains on is drawn by every process alike.
-        B = config.batch_size
-        stage = int(torch.randint(len(stages), (), generator=generator))
-        rows = torch.randint(len(clips), (B,), generator=generator)
-        hidden = draw_hidden(B, T, config.span_len, generator)
-        keep_text = torch.rand(B, generator=generator) >= config.condition_dropout
+        stage, rows, hidden, keep_text = draw_step(clips, len(stages), config, generator)  # alike in every process
         counted = hidden & clips.valid(rows)
         total = max(1, int(counted.sum()))
 
@@ -295,7 +303,7 @@ def train(args, device, rank, world):
             group["lr"] = learning_rate(step, config)
         optimizer.zero_grad(set_to_none=True)
         step_loss = torch.zeros((), device=device)
-        parts = torch.arange(B).view(world, config.accumulate, -1)[rank]
+        parts = torch.arange(config.batch_size).view(world, config.accumulate, -1)[rank]
         for i, part in enumerate(parts):
             codes, text, text_mask = clips.batch(rows[part], device)
             text_mask = text_mask * keep_text[part, None].to(device)
@@ -319,13 +327,13 @@ def train(args, device, rank, world):
 
         last = done == config.steps or stop_requested(stopping, world, device)
         row = {}
-        if done % args.val_every == 0 or done == config.steps:
+        if rank == 0 and (done % args.val_every == 0 or done == config.steps):
             judged.load_state_dict(averaged.weights)
             values = validate(judged, valid_clips, device, amp)
             row = {f"val_{k}_{rate}": values[k][rate] for k in stages for rate in MASK_RATES}
             means = "  ".join(f"{sum(values[k].values()) / len(MASK_RATES):.3f}" for k in stages)
             bar.write(f"step {done}: validation cross-entropy per codebook {means}  (chance {chance:.3f})")
-        if log and (row or done % args.log_every == 0 or last):
+        if rank == 0 and (row or done % args.log_every == 0 or last):
             bar.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}")
             log.write(step=done, loss=sum(losses) / len(losses), lr=learning_rate(step, config),
                       seconds=time.time() - start, **row)

@@ -15,8 +15,9 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    content = read_checkpoint(args.run / "checkpoint.pt", ("config", "model_config", "codec", "text_encoder", "ema", "step"))
-    small = {key: content[key] for key in ("config", "model_config", "codec", "text_encoder", "step")}
+    kept = ("config", "model_config", "codec", "text_encoder", "step")
+    content = read_checkpoint(args.run / "checkpoint.pt", (*kept, "ema"))
+    small = {key: content[key] for key in kept}
     small["ema"] = {name: tensor.half() for name, tensor in content["ema"].items()}
     save_whole(small, args.out)
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, step {content['step']}")

@@ -1,0 +1,69 @@
+"""Speed, as ratios measured side by side in one run: what local attention saves, and what reusing the text saves.
+
+    python -m experiments.bench
+"""
+
+import argparse
+import platform
+import time
+
+import torch
+import torch.nn.functional as F
+
+from masking import restricted_attention_mask
+from model import MAGNeT, ModelConfig, local_attention
+
+
+def race(*functions, repeats):
+    """Run the functions in turn, `repeats` rounds after one to warm up: the fastest time of each, in seconds."""
+    times = [[] for _ in functions]
+    for round_number in range(repeats + 1):
+        for function, seconds in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if round_number:
+                seconds.append(time.perf_counter() - start)
+    return [min(seconds) for seconds in times]
+
+
+def attention_race(n_frames, context, backward, repeats):
+    """Seconds of dense masked attention and of local attention, one clip, 16 heads of 64."""
+    q, k, v = (torch.randn(1, 16, n_frames, 64, requires_grad=backward) for _ in range(3))
+    mask = restricted_attention_mask(n_frames, context)
+
+    def run(attend):
+        out = attend(q, k, v)
+        if backward:
+            out.sum().backward()
+
+    return race(lambda: run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)),
+                lambda: run(lambda q, k, v: local_attention(q, k, v, context)), repeats=repeats)
+
+
+@torch.inference_mode()
+def text_race(repeats):
+    """Seconds of a decoding step that projects the text anew, and of one that reuses keys and values."""
+    model = MAGNeT(ModelConfig(dim=256, n_heads=4, n_layers=8, text_dim=768)).eval()
+    codes, text, mask = torch.zeros(1, 4, 200, dtype=torch.long), torch.randn(1, 128, 768), torch.ones(1, 128)
+    prepared = model.prepare_text(text, mask)
+    return race(lambda: model(codes, 1, text, mask), lambda: model(codes, 1, prepared=prepared), repeats=repeats)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="benchmarks that print ratios")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--frames", type=int, nargs="+", default=[200, 500, 1500])
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; best of {args.repeats}")
+    print("attention within 5 frames    dense + mask      local    ratio")
+    for n_frames in args.frames:
+        for backward in (False, True):
+            dense, local = attention_race(n_frames, 5, backward, args.repeats)
+            what = "forward and backward" if backward else "forward"
+            print(f"T = {n_frames:4} {what:20} {dense * 1e3:8.1f} ms {local * 1e3:7.1f} ms  {dense / local:6.1f}x")
+    anew, reused = text_race(args.repeats)
+    print(f"decoding step, text projected anew {anew * 1e3:.1f} ms, reused {reused * 1e3:.1f} ms: {anew / reused:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

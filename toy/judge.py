@@ -1,0 +1,130 @@
+"""The judge: a small network that listens to a toy clip and says which instrument, melody, tempo, register and drums it
+hears; its last hidden layer serves as the embedding for a Frechet audio distance.
+
+It is trained on synthesised clips of all attribute combinations, with random loudness, shifts and noise, and never
+hears what a codec made.
+
+    python -m toy.judge --out runs/judge            # train
+    python -m toy.judge --check                     # how well the shipped judge reads fresh clips
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import trange
+
+from cli import run, save_whole
+from model import load_strictly, read_checkpoint
+from toy.mel import log_mel, mel_spectrogram
+from toy.world import ATTRIBUTES, SAMPLE_RATE, combinations, render
+
+WEIGHTS = Path(__file__).parent / "weights" / "judge.pt"
+
+
+class Judge(nn.Module):
+    """A convolutional network on log-mel spectrograms with one linear reader per attribute."""
+
+    def __init__(self, width=48, embedding=96):
+        super().__init__()
+        channels = (1, width // 2, width, width)
+        self.images = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels, channels[1:], strict=False))
+        self.norms = nn.ModuleList(nn.GroupNorm(4, b) for b in channels[1:])
+        self.squeeze = nn.Conv1d(width * 8, 2 * width, 1)
+        self.times = nn.ModuleList(nn.Conv1d(2 * width, 2 * width, 5, padding=2) for _ in range(3))
+        self.hidden = nn.Linear(4 * width, embedding)
+        self.readers = nn.ModuleDict({name: nn.Linear(embedding, len(values)) for name, values in ATTRIBUTES.items()})
+
+    def embed(self, wav):
+        """Audio (B, S) at 16 kHz -> embeddings (B, E)."""
+        x = log_mel(mel_spectrogram(wav, SAMPLE_RATE))[:, None]  # (B, 1, mels, frames)
+        for conv, norm in zip(self.images, self.norms, strict=True):
+            x = F.gelu(norm(conv(x)))
+        x = F.gelu(self.squeeze(x.flatten(1, 2)))  # (B, 2 W, frames / 8)
+        for conv in self.times:
+            x = x + F.gelu(conv(x))
+        return F.gelu(self.hidden(torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1)))
+
+    def forward(self, wav):
+        """Audio (B, S) -> {attribute: logits (B, values)}."""
+        embedding = self.embed(wav)
+        return {name: reader(embedding) for name, reader in self.readers.items()}
+
+    @torch.inference_mode()
+    def read(self, wav):
+        """Audio (B, S) -> (B, 5) long: the index of the value heard, in the order of `ATTRIBUTES`."""
+        return torch.stack([logits.argmax(dim=1) for logits in self(wav).values()], dim=1)
+
+
+def load_judge(path=WEIGHTS):
+    """The shipped judge, in eval mode."""
+    judge = Judge()
+    content = read_checkpoint(path, ("judge",))
+    load_strictly(judge, {name: tensor.float() for name, tensor in content["judge"].items()}, path)
+    return judge.eval().requires_grad_(False)
+
+
+def draw_clips(n, seed):
+    """`n` clips of random combinations: (wav (n, S), labels (n, 5))."""
+    rng = np.random.default_rng([seed, 99])
+    rows = combinations("train") + combinations("unseen")
+    wavs, labels = [], []
+    for _ in trange(n, desc="synthesis"):
+        attributes = rows[rng.integers(len(rows))]
+        wavs.append(torch.from_numpy(render(attributes, rng)).half())
+        labels.append([values.index(attributes[name]) for name, values in ATTRIBUTES.items()])
+    return torch.stack(wavs), torch.tensor(labels)
+
+
+def disturb(wav):
+    """Random loudness, a small shift in time, and faint noise: (B, S) -> (B, S)."""
+    wav = wav.roll(int(torch.randint(-1600, 1600, ())), dims=1) * (0.4 + 0.8 * torch.rand(len(wav), 1))
+    return wav + torch.randn_like(wav) * 10 ** (-2 - 3 * torch.rand(len(wav), 1))
+
+
+def accuracy(judge, wav, labels):
+    """{attribute: share read right} over clips (n, S) with labels (n, 5)."""
+    read = torch.cat([judge.read(part.float()) for part in wav.split(50)])
+    return dict(zip(ATTRIBUTES, (read == labels).float().mean(dim=0).tolist(), strict=True))
+
+
+def train(args):
+    torch.manual_seed(args.seed)
+    wav, labels = draw_clips(args.clips, args.seed)
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.steps, pct_start=0.1)
+    bar = trange(args.steps)
+    for _ in bar:
+        rows = torch.randint(len(wav), (32,))
+        logits = judge(disturb(wav[rows].float()))
+        loss = sum(F.cross_entropy(x, y) for x, y in zip(logits.values(), labels[rows].T, strict=True))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
+    save_whole({"judge": {name: tensor.half() for name, tensor in judge.state_dict().items()}}, args.out / "judge.pt")
+    return args.out / "judge.pt"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="train or check the toy judge")
+    parser.add_argument("--out", type=Path, default=Path("runs/judge"))
+    parser.add_argument("--clips", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", action="store_true", help="do not train, check the shipped weights")
+    args = parser.parse_args()
+    path = WEIGHTS if args.check else train(args)
+    for name, share in accuracy(load_judge(path), *draw_clips(500, args.seed + 1)).items():
+        print(f"{name:10} {share:.1%} of 500 fresh clips read right")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -218,7 +218,7 @@ def collect(entries, codes, text):
 
 
 def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="location", caption_key="main_caption",
-              toy_clips=4000, device="cpu"):
+              toy_clips=6000, device="cpu"):
     """Read a data set: a folder, a JSON-lines manifest, or "toy" -> (training `Clips`, validation `Clips`).
 
     Whole files are held out for validation, chosen by their content; of the toy world fresh clips are drawn. A data set

@@ -19,6 +19,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ class TrainConfig:
     seconds: float = option(4.0, "length of the training clips")
     audio_key: str = option("location", "where a manifest's lines name the audio file")
     caption_key: str = option("main_caption", "where JSON captions and a manifest's lines hold the text")
-    toy_clips: int = option(4000, "size of the toy data set")
+    toy_clips: int = option(6000, "size of the toy data set")
     dim: int = option(160, "width of the transformer")
     n_heads: int = option(5, "attention heads")
     n_layers: int = option(6, "blocks")
@@ -366,7 +367,8 @@ def main():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # A day: the other processes wait while the first one encodes the data set.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         train(args, device, rank, world)

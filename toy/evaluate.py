@@ -1,0 +1,151 @@
+"""Does the model play what the prompt says? A table of numbers for the shipped model or a training run.
+
+A fixed list of prompts, half of them attribute pairs that training never held, is generated and read by the judge. Real
+clips of the same attributes and their codec reconstructions go the same way, as floors. Shares come with 95% Wilson
+intervals. The Frechet distance is between judge embeddings of the samples and of other real clips.
+
+    python -m toy.evaluate --model toy --json toy.json
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cli import add_flags, from_flags, pick_device, run
+from data import collect, encode, toy_sources
+from encodec_wrap import load_codec
+from model import load_model
+from sample import SamplingConfig, generate
+from t5_encoder import T5Encoder
+from toy.judge import load_judge
+from toy.world import ATTRIBUTES, describe, example
+from train import MASK_RATES, precision, validate
+
+SEED = 7  # of prompts and of the real clips beside them; training uses 0 and 1
+SPLITS = {"seen": "valid", "unseen": "unseen"}
+
+
+def labels_of(attributes):
+    return torch.tensor([values.index(attributes[name]) for name, values in ATTRIBUTES.items()])
+
+
+def wilson(share, n, z=1.96):
+    """The 95% confidence interval of a share seen in n trials: (low, high)."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def frechet(a, b):
+    """Frechet distance between Gaussians fitted to embeddings (n, E) and (m, E)."""
+    a, b = a.double(), b.double()
+    values, vectors = torch.linalg.eigh(a.T.cov())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
+    means = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    return (means + a.T.cov().trace() + b.T.cov().trace() - 2 * cross).item()
+
+
+def in_parts(function, wav, size=32):
+    """Apply `function` to audio (n, S) in parts and join the results."""
+    return torch.cat([function(part) for part in wav.split(size)])
+
+
+def adherence(read, labels):
+    """{attribute: share, ..., "overall": mean share} of (n, 5) labels read as asked, each with its interval."""
+    right, n = (read == labels).float(), len(labels)
+    shares = dict(zip([*ATTRIBUTES, "overall"], [*right.mean(dim=0).tolist(), right.mean().item()], strict=True))
+    return {name: {"share": share, "interval": wilson(share, n * (5 if name == "overall" else 1))}
+            for name, share in shares.items()}
+
+
+def play(model, codec, encoder, captions, config, device, seed, batch=16):
+    """Generate a clip for every caption: audio (n, S) on the CPU."""
+    generator, wavs = torch.Generator(device).manual_seed(seed), []
+    n_frames = round(model.config.seconds * codec.frame_rate)
+    for i in tqdm(range(0, len(captions), batch), desc="generating"):
+        text, mask = encoder.encode_text(captions[i:i + batch])
+        wavs.append(codec.decode(generate(model, text, mask, n_frames, config, generator=generator))[:, 0].cpu())
+    return torch.cat(wavs)
+
+
+def spread(embeddings, group):
+    """Mean distance between the members of consecutive groups of embeddings (n * group, E)."""
+    distances = [torch.pdist(part).mean() for part in embeddings.split(group)]
+    return torch.stack(distances).mean().item()
+
+
+def evaluate(args, config, device):
+    """All numbers, as one dictionary of plain types."""
+    model, names = load_model(args.model, device)
+    codec = load_codec(names["codec"], model.config.n_codebooks, device)
+    encoder = T5Encoder.from_pretrained(names["text_encoder"])
+    judge, half = load_judge(), args.n // 2
+    result = {"model": args.model, "n_prompts": 2 * half, "sampling": vars(config), "device": str(device)}
+    result["adherence"] = {}
+    embeddings = {"real": [], "codec": [], "model": []}
+    seconds = 0.0
+    for name, split in SPLITS.items():
+        prompts = [describe(i, split, SEED)[:2] for i in range(half)]
+        labels = torch.stack([labels_of(attributes) for attributes, _ in prompts])
+        real = torch.stack([torch.from_numpy(example(i, split, SEED, model.config.seconds)[0]) for i in range(half)])
+        start = time.perf_counter()
+        made = play(model, codec, encoder, [caption for _, caption in prompts], config, device, args.seed)
+        seconds += time.perf_counter() - start
+        through = in_parts(lambda wav: codec.decode(codec.encode(wav[:, None].to(device)))[:, 0].cpu(), real)
+        for what, wav in (("real", real), ("codec", through), ("model", made)):
+            result["adherence"][f"{what}, {name}"] = adherence(in_parts(judge.read, wav), labels)
+            embeddings[what].append(in_parts(judge.embed, wav))
+    reference = torch.stack([torch.from_numpy(example(i, split, SEED + 1, model.config.seconds)[0])
+                             for split in SPLITS.values() for i in range(half)])
+    reference = in_parts(judge.embed, reference)
+    result["frechet"] = {what: frechet(torch.cat(parts), reference) for what, parts in embeddings.items()}
+    captions = [describe(i, "valid", SEED)[1] for i in range(8) for _ in range(4)]
+    repeats = in_parts(judge.embed, play(model, codec, encoder, captions, config, device, args.seed + 1))
+    result["diversity"] = {"samples of one prompt": spread(repeats, 4), "real clips": spread(reference[:half], half)}
+    entries = toy_sources(64, "valid", model.config.seconds)
+    clips = collect(entries, *encode(entries, [], codec, encoder, model.config.seconds, args.cache, device))
+    losses = validate(model, clips, device, precision("fp32", device)[0])
+    result["cross_entropy"] = {f"codebook {k + 1}": sum(losses[k].values()) / len(MASK_RATES) for k in losses}
+    result["chance_cross_entropy"] = math.log(model.config.card)
+    result["seconds_per_clip"] = seconds / (2 * half)
+    return result
+
+
+def print_table(result):
+    print(f"\nshare of {result['n_prompts']} clips in which the judge hears what the prompt asks for")
+    print(f"{'':16}" + "".join(f"{name:>15}" for name in [*ATTRIBUTES, "overall"]))
+    for who, shares in result["adherence"].items():
+        cells = (f"{s['share']:6.1%} {s['interval'][0]:4.0%}-{s['interval'][1]:.0%}" for s in shares.values())
+        print(f"{who:16}" + "".join(f"{cell:>15}" for cell in cells))
+    print("chance          " + "".join(f"{1 / len(values):>14.1%} " for values in ATTRIBUTES.values()))
+    for name in ("frechet", "diversity", "cross_entropy"):
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in result[name].items()))
+    print(f"chance cross-entropy {result['chance_cross_entropy']:.3f}; {result['seconds_per_clip']:.2f} s per clip")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="evaluate a toy model")
+    parser.add_argument("--model", default="toy", help="toy, the folder of a training run, or a checkpoint file")
+    parser.add_argument("--n", type=int, default=300, help="prompts")
+    parser.add_argument("--json", type=Path, help="file to write all numbers to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--cache", default="cache")
+    add_flags(parser, SamplingConfig)
+    args = parser.parse_args()
+    if args.n < 4:
+        raise ValueError(f"--n must be at least 4, not {args.n}")
+    result = evaluate(args, from_flags(args, SamplingConfig), pick_device(args.device))
+    print_table(result)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -33,7 +33,7 @@ def expected_mask_rate(n_spans, n_frames, span_len):
     u = torch.as_tensor(n_spans, dtype=torch.float64)
     visible = torch.ones_like(u)
     for i in range(min(span_len, n_frames)):
-        visible = visible * ((n_frames - u - i) / (n_frames - i)).clamp(min=0)
+        visible = visible * (n_frames - u - i) / (n_frames - i)
     return 1 - visible
 
 

@@ -158,7 +158,8 @@ class MAGNeT(nn.Module):
         """
         if text.shape[-1] != self.config.text_dim:
             raise ValueError(f"the text embeddings are {text.shape[-1]} wide; this model wants {self.config.text_dim}")
-        projected = self.text_proj(text.to(self.text_proj.weight.dtype)) * text_mask[..., None]  # (B, N, C)
+        dtype = self.text_proj.weight.dtype
+        projected = self.text_proj(text.to(dtype)) * text_mask[..., None].to(dtype)  # (B, N, C)
         return [block.cross_attn.keys_values(projected) for block in self.blocks]
 
     def forward(self, codes, stage, text=None, text_mask=None, prepared=None):
@@ -212,6 +213,8 @@ def read_checkpoint(path, keys):
 def load_strictly(model, state, path):
     """Copy `state` into `model`; a missing, unexpected or misshapen tensor is a ValueError naming it and the file."""
     wanted = model.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path}: its weights are not tensors by name")
     missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     for problem, names in (("is missing", missing), ("is unexpected", unexpected)):
         if names:
@@ -235,7 +238,7 @@ def load_model(name_or_path, device="cpu"):
     content = read_checkpoint(path, ("model_config", "ema", "codec", "text_encoder"))
     try:
         model = MAGNeT(ModelConfig(**content["model_config"]))
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: its model_config is not one of this version ({error})") from error
     load_strictly(model, content["ema"], path)
     return model.to(device).eval().requires_grad_(False), {key: content[key] for key in ("codec", "text_encoder")}
@@ -296,9 +299,8 @@ def load_audiocraft(path):
     content = read_checkpoint(path, ("best_state", "xp.cfg"))
     try:
         state = from_published_names(content["best_state"])
-        config = audiocraft_config(content["xp.cfg"], state["text_proj.weight"].shape[1])
-    except (KeyError, ValueError, AttributeError, IndexError) as error:
+        model = MAGNeT(audiocraft_config(content["xp.cfg"], state["text_proj.weight"].shape[1]))
+    except (KeyError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: not a published MAGNeT ({type(error).__name__}: {error})") from error
-    model = MAGNeT(config)
     load_strictly(model, state, path)
     return model.eval().requires_grad_(False)

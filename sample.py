@@ -24,7 +24,8 @@ from masking import cosine_schedule, hide_codes
 from model import load_model
 from t5_encoder import T5Encoder
 
-FIXED = -1e4  # the score of a span that must stay as it is; far below any score that a probability gives
+FIXED = -1e4  # added to a span's score for what must stay as it is; far below any score that a probability gives
+NEUTRAL = {"max": 1.0, "prod": 0.0}  # the score of a token that has no say in its span
 BATCH = 16  # clips that are decoded together
 
 
@@ -131,7 +132,7 @@ def span_scores(tokens, span_len, stride, scoring):
     tensor([[0.1000, 0.3000]])
     """
     if stride == span_len:
-        tokens = F.pad(tokens, (0, -tokens.shape[1] % span_len), value=math.inf if scoring == "max" else 0.0)
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % span_len), value=NEUTRAL[scoring])
     spans = tokens.unfold(1, span_len, stride)  # (B, n, span_len)
     return spans.amin(dim=2) if scoring == "max" else spans.sum(dim=2)
 
@@ -155,7 +156,8 @@ def hide_stride1(tokens, fixed, n_frames, span_len, scoring):
     """
     T = tokens.shape[1]
     span_len = min(span_len, T)
-    scores = span_scores(tokens.masked_fill(fixed, FIXED), span_len, 1, scoring)  # (B, T - l + 1)
+    scores = span_scores(tokens.masked_fill(fixed, NEUTRAL[scoring]), span_len, 1, scoring)  # (B, T - l + 1)
+    scores = scores + FIXED * fixed.unfold(1, span_len, 1).sum(dim=2)
     rank = scores.argsort(dim=1, descending=True).argsort(dim=1)  # 0 is the least probable span
     # A frame is hidden by the first u spans if the best-ranked span that covers it is among them: entry < u.
     entry = F.pad(rank, (span_len - 1, span_len - 1), value=T).unfold(1, span_len, 1).amin(dim=2)  # (B, T)
@@ -246,6 +248,8 @@ def generate(model, text, text_mask, n_frames, config=None, audio_prompt=None, g
     if audio_prompt.shape[1] != K or P > n_frames or (text is not None and len(text) != B):
         raise ValueError(f"audio_prompt has shape {tuple(audio_prompt.shape)}; want as many rows as prompts, "
                          f"{K} codebooks and at most {n_frames} frames")
+    if P and not 0 <= audio_prompt.min() <= audio_prompt.max() < model.config.card:
+        raise ValueError(f"audio_prompt must hold codes from 0 to {model.config.card - 1}")
     prepared = None
     if text is not None:  # the prompts, then as many null conditions
         text, text_mask = text.to(device), text_mask.to(device)

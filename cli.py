@@ -41,7 +41,10 @@ def pick_device(name):
         name = next(kind for kind in have if have[kind])
     if not have.get(name.split(":")[0], False):
         raise ValueError(f"--device {name}: this machine has {', '.join(kind for kind in have if have[kind])}")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: no such device") from error
 
 
 def save_whole(content, path):

@@ -93,7 +93,11 @@ def folder_sources(folder, caption_key, sample_rate):
 def manifest_sources(manifest, audio_key, caption_key, sample_rate):
     """(entries, bad) of a JSON-lines manifest; relative audio paths start at the manifest's folder."""
     entries, bad = [], []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = manifest.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest}: is not a JSON-lines manifest (no text)") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -121,9 +125,9 @@ def toy_sources(n_clips, split, seconds, seed=0):
 
 # ------------------------------------------------------------------------------------------------------------- encoding
 
-def fingerprint(module):
-    """A hash of a network's weights: caches made with other weights are never mixed up."""
-    digest = hashlib.sha256()
+def fingerprint(module, more=b""):
+    """A hash of a network's weights, and of `more`: caches made with other weights are never mixed up."""
+    digest = hashlib.sha256(more)
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -194,7 +198,8 @@ def encode(entries, bad, codec, encoder, seconds, cache_dir, device="cpu"):
     codes, unreadable = encode_audio(
         entries, codec, seconds, cache_dir / f"codes-{fingerprint(codec)}-{codec.n_codebooks}x{seconds:g}s.pt", device)
     captions = list(dict.fromkeys(caption for _, key, _, caption in entries if key in codes))
-    text = encode_captions(captions, encoder, cache_dir / f"text-{fingerprint(encoder)}.pt")
+    pieces = encoder.tokenizer.model.serialized_model_proto() if encoder.tokenizer else b""
+    text = encode_captions(captions, encoder, cache_dir / f"text-{fingerprint(encoder, pieces)}.pt")
     bad = bad + unreadable
     for name, problem in bad:
         print(f"skipped {name}: {problem}")
@@ -204,10 +209,7 @@ def encode(entries, bad, codec, encoder, seconds, cache_dir, device="cpu"):
 
 
 def collect(entries, codes, text):
-    """The `Clips` of some entries, from what `encode` gave; entries that could not be read are left out."""
-    entries = [entry for entry in entries if entry[1] in codes]
-    if not entries:
-        raise ValueError("the data set is empty: no audio file with a caption could be read")
+    """The `Clips` of some entries, from what `encode` gave."""
     captions = list(dict.fromkeys(caption for _, _, _, caption in entries))
     number = {caption: i for i, caption in enumerate(captions)}
     pieces = [(*codes[key], number[caption]) for _, key, _, caption in entries]
@@ -239,14 +241,12 @@ def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="locat
         valid = [entry for entry in train if entry[1] in held_out]
         train = [entry for entry in train if entry[1] not in held_out]
     codes, text = encode(train + valid, bad, codec, encoder, seconds, cache_dir, device)
-    try:
-        train_clips = collect(train or valid, codes, text)
-    except ValueError as error:
-        raise ValueError(f"{data}: {error}") from None
-    if not any(key in codes for _, key, _, _ in valid):
+    train, valid = ([entry for entry in part if entry[1] in codes] for part in (train, valid))
+    if not train + valid:
+        raise ValueError(f"{data}: the data set is empty: no audio file with a caption could be read")
+    if not train or not valid:
         print("too few files to hold some out: validating on the training clips")
-        return train_clips, train_clips
-    return train_clips, collect(valid, codes, text)
+    return collect(train or valid, codes, text), collect(valid or train, codes, text)
 
 
 def main():

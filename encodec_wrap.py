@@ -8,7 +8,6 @@ file, such as the toy world's. It leaves out what MAGNeT has no use for: bandwid
 
 import importlib
 import os
-import pickle
 import sys
 import types
 import warnings
@@ -139,12 +138,12 @@ def load_codec(name_or_path, n_codebooks=None, device="cpu"):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = CodecConfig(**content["codec"]), content["weights"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, IndexError) as error:
+        whole = Codec.from_config(config)
+    except Exception as error:  # torch.load has no one type for "not such a file"
         raise ValueError(f"{path} is not a codec file (want one written by toy/train_codec.py)") from error
-    whole = Codec.from_config(config)
     try:
         whole.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         raise ValueError(f"{path}: weights do not fit their settings: {str(error).splitlines()[-1].strip()}") from error
     codec = Codec(whole.model, n_codebooks)
     codec.config = config
@@ -194,7 +193,9 @@ def save_audio(path, wav, sample_rate):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        soundfile.write(temporary, samples / max(1.0, peak / 0.999), sample_rate, format=format)
+        with soundfile.SoundFile(temporary, "w", sample_rate, channels=1, format=format) as file:
+            for start in range(0, len(samples), 65_536):  # in blocks: libsndfile's OGG writer crashes on long ones
+                file.write(samples[start:start + 65_536] / max(1.0, peak / 0.999))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

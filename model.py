@@ -33,6 +33,9 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
+        for name in ("n_codebooks", "card", "dim", "n_heads", "n_layers", "ffn_mult", "text_dim", "span_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.dim % self.n_heads or self.dim % 2 or self.dim < 4:
             raise ValueError(f"dim must be even, at least 4 and a multiple of n_heads = {self.n_heads}, not {self.dim}")
 

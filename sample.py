@@ -227,19 +227,25 @@ def decode_stage(model, codes, stage, given, prepared, config, generator=None, o
     return codes[:, stage]
 
 
+def check_steps(config, n_codebooks):
+    """ValueError unless there is one number of decoding steps for each codebook."""
+    if len(config.decoding_steps) != n_codebooks:
+        raise ValueError(f"decoding_steps must hold {n_codebooks} numbers, one per codebook: {config.decoding_steps}")
+
+
 @torch.inference_mode()
 def generate(model, text, text_mask, n_frames, config=None, audio_prompt=None, generator=None, on_step=None):
     """[Sec. 3.3, Fig. 4] Generate codes (B, K, T) of exactly `n_frames` frames, codebook after codebook.
 
-    text: (B, N, text_dim) from the text encoder and text_mask (B, N), or None and None for music without a prompt;
+    text: (B, N, text_dim) from the text encoder and text_mask (B, N), or None and None for music without a prompt (as
+    released, padding takes part in the attention, so the longest prompt of a batch has a small say in the others);
     audio_prompt: codes (B, K, P), P <= T, which the result begins with; generator: a `torch.Generator` on the model's
     device (the same seed and device give the same codes); on_step(stage, step, codes, hidden, confidence) is called
     after every decoding step. Raises ValueError where an argument does not fit the model.
     """
     config = config or SamplingConfig()
     K, device = model.config.n_codebooks, model.out_norm.weight.device
-    if len(config.decoding_steps) != K:
-        raise ValueError(f"decoding_steps must hold {K} numbers, one per codebook, not {len(config.decoding_steps)}")
+    check_steps(config, K)
     if n_frames < 1:
         raise ValueError(f"n_frames must be at least 1, not {n_frames}")
     if audio_prompt is None:
@@ -292,10 +298,12 @@ def main():
         raise ValueError(f"--n must be at least 1, not {args.n}")
     check_audio_path(args.out)
     model, names = load_model(args.model, device)
+    check_steps(config, model.config.n_codebooks)
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
     seconds = args.seconds or model.config.seconds
-    n_frames = max(1, round(seconds * codec.frame_rate))
+    samples = max(1, round(seconds * codec.sample_rate))
+    n_frames = math.ceil(samples / codec.hop_length)
     audio_prompt = None
     if args.audio_prompt is not None:
         audio_prompt = codec.encode(load_audio(args.audio_prompt, codec.sample_rate)[None].to(device))  # (1, K, P)
@@ -312,7 +320,7 @@ def main():
             text, text_mask = encoder.encode_text(prompts[i:i + BATCH])
             given = None if audio_prompt is None else audio_prompt.expand(len(text), -1, -1)
             codes = generate(model, text, text_mask, n_frames, config, given, generator, lambda **_: bar.update())
-            wavs = codec.decode(codes)[..., :round(seconds * codec.sample_rate)]
+            wavs = codec.decode(codes)[..., :samples]
             for path, wav in zip(paths[i:i + BATCH], wavs, strict=True):
                 save_audio(path, wav, codec.sample_rate)
     elapsed = time.perf_counter() - start

@@ -32,7 +32,7 @@ from cli import add_flags, from_flags, option, pick_device, run, save_whole
 from data import load_data
 from encodec_wrap import load_codec
 from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
-from model import MAGNeT, ModelConfig, load_strictly, read_checkpoint
+from model import MAGNeT, ModelConfig, load_model, load_strictly, read_checkpoint
 from t5_encoder import T5Encoder
 
 MASK_RATES = (0.25, 0.5, 0.75, 1.0)  # at which validation measures
@@ -218,7 +218,10 @@ def read_config(args, checkpoint):
     if not checkpoint.is_file():
         raise ValueError(f"--resume: there is no {checkpoint}")
     state = read_checkpoint(checkpoint, STATE_KEYS)
-    return TrainConfig(**state["config"]), state
+    try:
+        return TrainConfig(**state["config"]), state
+    except TypeError as error:
+        raise ValueError(f"{checkpoint}: its config is not one of this version ({error})") from error
 
 
 def draw_step(clips, n_codebooks, config, generator):
@@ -232,6 +235,9 @@ def draw_step(clips, n_codebooks, config, generator):
 
 def train(args, device, rank, world):
     """One process's part of a run; `world` processes draw the same batches and each takes its slice of them."""
+    for name in ("log_every", "val_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     checkpoint = args.out / "checkpoint.pt"
     config, state = read_config(args, checkpoint)
     if config.batch_size % (world * config.accumulate):
@@ -259,12 +265,10 @@ def train(args, device, rank, world):
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     amp, scaled = precision(config.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    averaged, first = AveragedWeights(model), 0
     if args.init_from and not args.resume:
-        from_path = Path(args.init_from)
-        path = from_path / "checkpoint.pt" if from_path.is_dir() else from_path
-        load_strictly(model, read_checkpoint(path, ("ema",))["ema"], path)
-        averaged = AveragedWeights(model)
+        load_strictly(model, load_model(args.init_from)[0].state_dict(), args.init_from)
+    averaged, first = AveragedWeights(model), 0
+    judged = MAGNeT(model_config).to(device).eval()  # wears the averaged weights for validation
     if state:
         load_strictly(model, state["model"], checkpoint)
         averaged.weights = {name: tensor.to(device) for name, tensor in state["ema"].items()}
@@ -274,7 +278,6 @@ def train(args, device, rank, world):
         first = state["step"]
     say(f"{model}\n{len(clips)} training and {len(valid_clips)} validation clips, on {device} x {world}")
 
-    judged = MAGNeT(model_config).to(device).eval()  # wears the averaged weights for validation
     wrapped = torch.compile(model) if args.compile else model
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, find_unused_parameters=True)  # a step uses one stage's head
@@ -304,15 +307,15 @@ def train(args, device, rank, world):
             group["lr"] = learning_rate(step, config)
         optimizer.zero_grad(set_to_none=True)
         step_loss = torch.zeros((), device=device)
+        codes, text, text_mask = clips.batch(rows)  # as one batch, since the width of the padding has a say
+        batch = codes, hidden, counted, text, text_mask * keep_text[:, None]
         parts = torch.arange(config.batch_size).view(world, config.accumulate, -1)[rank]
         for i, part in enumerate(parts):
-            codes, text, text_mask = clips.batch(rows[part], device)
-            text_mask = text_mask * keep_text[part, None].to(device)
+            codes, *rest = (x[part].to(device) for x in batch)
             waiting = world > 1 and i + 1 < len(parts)  # gradients are exchanged after the last part
             with wrapped.no_sync() if waiting else nullcontext():
                 with amp():
-                    loss = masked_cross_entropy(
-                        wrapped, codes, stage, hidden[part].to(device), counted[part].to(device), text, text_mask)
+                    loss = masked_cross_entropy(wrapped, codes, stage, *rest)
                 scaler.scale(loss / total * world).backward()  # DistributedDataParallel averages over processes
             step_loss += loss.detach() / total
         scaler.unscale_(optimizer)

@@ -91,18 +91,22 @@ def organ(frequency, t, length, rng):
 
 
 def pluck(frequency, t, length, rng):
-    """Karplus-Strong: a burst of noise runs round a delay line one period long and is smoothed on every round."""
-    period = SAMPLE_RATE / frequency
-    whole = int(period - 0.5)
-    fraction = period - 0.5 - whole  # the smoothing delays by half a sample, this interpolation by the rest
-    decay = 0.5 ** (1 / (frequency * 0.6))
-    line = np.zeros(len(t) + whole + 2)
-    line[2:whole + 2] = rng.uniform(-1, 1, whole)
-    for start in range(whole + 2, len(line), whole):
+    """Karplus-Strong: a burst of noise runs round a delay line one period long and is smoothed a little on each round.
+
+    The line runs at four times the sample rate, so that a period of whole samples keeps high notes in tune.
+    """
+    oversampling = 4
+    whole = round(oversampling * SAMPLE_RATE / frequency - 0.5)  # the smoothing delays by half a sample
+    decay = 0.5 ** (1 / (frequency * 0.5))
+    width = whole // 10 + 1
+    burst = np.convolve(rng.uniform(-1, 1, whole + width - 1), np.ones(width) / width, mode="valid")  # a soft finger
+    line = np.zeros(oversampling * len(t) + whole + 1)
+    line[1:whole + 1] = burst - burst.mean()  # the loop would keep a constant for ever, long after the note
+    for start in range(whole + 1, len(line), whole):
         stop = min(start + whole, len(line))
-        a, b, c = (line[start - whole - d:stop - whole - d] for d in (0, 1, 2))
-        line[start:stop] = decay * 0.5 * ((1 - fraction) * a + b + fraction * c)
-    return 1.6 * line[2:len(t) + 2] * gate(t, length * 1.5, 0.001, 0.05)
+        line[start:stop] = decay * 0.5 * (line[start - whole:stop - whole] + line[start - whole - 1:stop - whole - 1])
+    tone = line[whole + 1:].reshape(-1, oversampling).mean(axis=1)
+    return 5 * tone * gate(t, length * 1.5, 0.001, 0.05)
 
 
 def bell(frequency, t, length, rng):

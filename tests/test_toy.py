@@ -1,0 +1,401 @@
+"""What the toy world promises: clips that can be made again, in which every attribute can be heard, and true captions;
+and the small pieces of its codec's and its text encoder's training."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from encodec_wrap import Codec, CodecConfig
+from t5_encoder import T5Encoder, Tokenizer
+from toy.export import main as export
+from toy.mel import log_mel, mel_filters, mel_spectrogram
+from toy.train_codec import draw_cuts, reconstruction_losses, revive_dead_codes
+from toy.train_text import draw_caption, read_attributes, train_tokenizer
+from toy.world import (
+    ATTRIBUTES,
+    LOWEST_KEY,
+    SAMPLE_RATE,
+    UNSEEN_PAIRS,
+    WORDS,
+    caption,
+    combinations,
+    describe,
+    example,
+    render,
+)
+
+INSTRUMENTS = ATTRIBUTES["instrument"]
+
+
+def play(seed=0, seconds=4.0, **attributes):
+    """A clip of a flute that repeats one note in the middle register, without drums, but for what is asked."""
+    plain = {"instrument": "flute", "melody": "repeated", "tempo": "medium", "register": "mid", "drums": "off"}
+    return render(plain | attributes, np.random.default_rng(seed), seconds)
+
+
+def power(wav):
+    """Frequencies in Hz and the power at each."""
+    return np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), np.abs(np.fft.rfft(wav)) ** 2
+
+
+def pitch(wav):
+    """The frequency of the strongest partial in Hz."""
+    spectrum = np.abs(np.fft.rfft(wav * np.hanning(len(wav)), 2**17))
+    return spectrum.argmax() * SAMPLE_RATE / 2**17
+
+
+def loudness(wav, frame=160):
+    """Root mean square over 50 ms, every 10 ms."""
+    squares = (wav[:len(wav) // frame * frame].reshape(-1, frame) ** 2).mean(axis=1)
+    return np.sqrt(np.convolve(squares, np.ones(5) / 5, mode="same"))
+
+
+def count_onsets(wav):
+    """How often the loudness rises steeply."""
+    rise = np.diff(loudness(wav), prepend=0).clip(min=0)
+    near = [rise[max(0, i - 12):i + 13].max() for i in range(len(rise))]
+    return int(((rise == near) & (rise > 0.3 * rise.max())).sum())
+
+
+# ----------------------------------------------------------------------------------------------------------- which clip
+
+@pytest.mark.parametrize("split", ["train", "valid", "unseen"])
+def test_example_is_always_the_same_clip(split):
+    wav, text, attributes = example(5, split, seed=3)
+    again, same_text, same_attributes = example(5, split, seed=3)
+    assert np.array_equal(wav, again) and (text, attributes) == (same_text, same_attributes)
+    assert describe(5, split, 3)[:2] == (attributes, text)
+
+
+def test_example_is_another_clip_for_another_index_seed_or_split():
+    clips = (0, "train", 0), (1, "train", 0), (0, "train", 1), (0, "valid", 0)
+    assert len({example(*clip)[0].tobytes() for clip in clips}) == 4
+
+
+def test_combinations_hold_every_combination_once_and_only_the_named_pairs_are_unseen():
+    train, unseen = combinations("train"), combinations("unseen")
+    assert combinations("valid") == train and (len(train), len(unseen)) == (360, 72)
+    every = {tuple(row.values()) for row in train + unseen}
+    assert len(every) == 6 * 4 * 3 * 3 * 2
+    assert {(row["instrument"], row["melody"]) for row in unseen} == UNSEEN_PAIRS
+    assert not {(row["instrument"], row["melody"]) for row in train} & UNSEEN_PAIRS
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "unseen"])
+def test_describe_draws_unseen_pairs_in_the_unseen_split_only(split):
+    pairs = {(a["instrument"], a["melody"]) for a, _, _ in (describe(i, split) for i in range(400))}
+    assert pairs == UNSEEN_PAIRS if split == "unseen" else not pairs & UNSEEN_PAIRS
+
+
+def test_describe_draws_every_single_value_for_training():
+    drawn = [describe(i)[0] for i in range(300)]
+    for name, values in ATTRIBUTES.items():
+        assert {attributes[name] for attributes in drawn} == set(values)
+
+
+def test_combinations_names_a_split_that_is_not_there():
+    with pytest.raises(ValueError, match="train, valid, unseen.*'test'"):
+        combinations("test")
+
+
+# ---------------------------------------------------------------------------------------------------- what can be heard
+
+def assert_audio(wav, samples):
+    assert wav.dtype == np.float32 and wav.shape == (samples,)
+    assert np.isfinite(wav).all() and 0.5 < np.abs(wav).max() <= 1
+
+
+def test_example_is_four_seconds_of_audio():
+    for index in range(8):
+        assert_audio(example(index)[0], 64_000)
+
+
+def test_render_plays_all_combinations():
+    for row in combinations("train") + combinations("unseen"):
+        assert_audio(render(row, np.random.default_rng(0), seconds=0.4), 6400)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.33333, 1.37])
+def test_render_gives_any_length(seconds):
+    wav = play(seconds=seconds)
+    assert wav.shape == (round(seconds * SAMPLE_RATE),) and np.isfinite(wav).all()
+
+
+def test_render_plays_the_same_attributes_differently_each_time():
+    assert len({pitch(play(seed)) for seed in range(8)}) == 8
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS)
+def test_render_leaves_no_sound_too_low_to_hear(instrument):
+    """A constant offset would take the room of the music and mean nothing."""
+    for register in ("mid", "high"):
+        for seed in range(3):
+            hertz, energy = power(play(seed, 2, instrument=instrument, register=register))
+            assert energy[hertz < 40].sum() < 0.02 * energy.sum(), (register, seed)
+
+
+@pytest.mark.parametrize("tempo, beats", [("slow", (4, 6)), ("medium", (7, 9)), ("fast", (11, 13))])
+@pytest.mark.parametrize("melody", ["repeated", "rising"])
+def test_tempo_is_the_number_of_notes(tempo, beats, melody):
+    for seed in range(3):
+        assert beats[0] <= count_onsets(play(seed, tempo=tempo, melody=melody, register="low")) <= beats[1]
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS)
+def test_tempo_can_be_heard_from_every_instrument_with_drums(instrument):
+    def flashes(tempo):
+        """How many hits there are above 6 kHz, where mostly cymbals sound; three clips."""
+        total = 0
+        for seed in range(3):
+            wav = play(seed, instrument=instrument, tempo=tempo, register="low", drums="on")
+            spectrum = np.fft.rfft(wav)
+            spectrum[np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE) < 6000] = 0
+            total += count_onsets(np.fft.irfft(spectrum, len(wav)))
+        return total
+    slow, medium, fast = map(flashes, ATTRIBUTES["tempo"])
+    assert slow < 0.8 * medium and medium < 0.9 * fast
+
+
+@pytest.mark.parametrize("register", ["low", "mid", "high"])
+@pytest.mark.parametrize("instrument", ["flute", "lead", "chip", "organ", "pluck"])
+def test_register_is_the_octave_of_the_pitch(instrument, register):
+    """The strongest partial is the note, or one of the two next, the only ones that are ever stronger."""
+    lowest = 440 * 2 ** ((LOWEST_KEY[register] - 69) / 12)
+    for seed in range(3):
+        heard = pitch(play(seed, instrument=instrument, register=register))
+        note = pitch(play(seed, register=register))
+        assert lowest * 0.97 < note < lowest * 2.05
+        assert min(abs(heard / note - k) for k in (1, 2, 3)) < 0.06, (heard, note)
+
+
+def test_register_moves_all_the_partials_of_a_bell():
+    def middle(register):
+        """The frequency with half of the power below it; the mean of three clips."""
+        medians = []
+        for seed in range(3):
+            hertz, energy = power(play(seed, 2, instrument="bell", register=register))
+            medians.append(hertz[np.searchsorted(energy.cumsum(), energy.sum() / 2)])
+        return np.mean(medians)
+    low, mid, high = map(middle, ("low", "mid", "high"))
+    assert 2 * low < mid and 2 * mid < high
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS)
+def test_drums_can_be_heard_as_noise_beside_every_instrument(instrument):
+    def hiss(drums):
+        hertz, energy = power(play(0, 2, instrument=instrument, register="low", drums=drums))
+        return energy[hertz > 6500].sum() / energy.sum()
+    # A plucked string begins with a burst of noise itself.
+    assert hiss("on") > (1.2 if instrument == "pluck" else 5) * hiss("off") and hiss("on") > 0.003
+
+
+def test_drums_hit_below_a_high_melody():
+    def rumble(drums):
+        hertz, energy = power(play(0, 2, register="high", drums=drums))
+        return energy[(hertz > 40) & (hertz < 150)].sum() / energy.sum()
+    assert rumble("on") > 0.05 and rumble("off") < 0.01
+
+
+@pytest.mark.parametrize("melody, steps", [
+    ("rising", [2, 2, 3, 2]), ("falling", [-3, -2, -3, -2]), ("arpeggio", [4, 3, 5, -5]), ("repeated", [0, 0, 0, 0])])
+def test_melody_is_the_order_of_the_pitches(melody, steps):
+    """The notes of slow flutes, in semitones from one to the next; a beat at 68 to 80 per minute."""
+    for seed in range(3):
+        wav = play(seed, melody=melody, tempo="slow")
+        beat = 60 / np.random.default_rng(seed).uniform(68, 80)
+        starts = [int((0.03 + (i + 0.25) * beat) * SAMPLE_RATE) for i in range(5)]
+        notes = [12 * np.log2(pitch(wav[start:start + int(0.5 * beat * SAMPLE_RATE)])) for start in starts]
+        assert np.diff(notes) == pytest.approx(steps, abs=0.3)
+
+
+def test_instruments_differ_in_their_spectrum_when_they_play_the_same_note():
+    profiles = []
+    for instrument in INSTRUMENTS:
+        mel = mel_spectrogram(torch.from_numpy(play(0, 2, instrument=instrument))[None], SAMPLE_RATE)
+        mel[:, :1] = 0  # below 40 Hz
+        profiles.append(mel.mean(dim=2)[0] / mel.mean(dim=2).norm())
+    for i, a in enumerate(profiles):
+        for j, b in enumerate(profiles):
+            assert (a @ b < 0.95) == (i != j), (INSTRUMENTS[i], INSTRUMENTS[j])
+
+
+# ------------------------------------------------------------------------------------------------------------- captions
+
+def says(text):
+    """The attribute values that a caption names, longest words first: {name: value}."""
+    said, phrases = {}, [(word, name, value) for name in WORDS for value in WORDS[name] for word in WORDS[name][value]]
+    for word, name, value in sorted(phrases, key=lambda phrase: -len(phrase[0])):
+        pattern = rf"(?<![\w-]){re.escape(word)}(?![\w-])"
+        if re.search(pattern, text):
+            assert name not in said or said[name] == value, text
+            said[name], text = value, re.sub(pattern, "#", text)
+    return said
+
+
+def test_words_are_given_for_every_value_and_no_two_values_share_one():
+    assert {name: tuple(values) for name, values in WORDS.items()} == ATTRIBUTES
+    words = [word for values in WORDS.values() for synonyms in values.values() for word in synonyms]
+    assert len(set(words)) == len(words)
+
+
+def test_caption_says_every_attribute_truly():
+    for index in range(400):
+        attributes, text, _ = describe(index)
+        assert says(text) == attributes, text
+
+
+def test_caption_says_nothing_of_what_it_was_not_told():
+    rng = np.random.default_rng(0)
+    for index in range(400):
+        attributes = {name: value for name, value in describe(index)[0].items() if rng.random() < 0.5}
+        text = caption(attributes, rng)
+        assert says(text) == attributes, text
+
+
+def test_caption_varies_its_words_and_their_order():
+    attributes = describe(0)[0]
+    texts = [caption(attributes, np.random.default_rng(i)) for i in range(200)]
+    assert len(set(texts)) > 100
+    for name, value in attributes.items():
+        assert all(any(word in text for text in texts) for word in WORDS[name][value])
+    order = {tuple(sorted(WORDS, key=lambda name, text=text: min(
+        text.find(word) for word in WORDS[name][attributes[name]] if word in text))) for text in texts}
+    assert len(order) > 10
+
+
+# --------------------------------------------------------------------------------------------------------- text encoder
+
+@pytest.fixture(scope="module")
+def encoder():
+    return T5Encoder.from_pretrained("toy")
+
+
+def test_the_toy_tokenizer_knows_every_caption(encoder):
+    rng = np.random.default_rng(0)
+    model = encoder.tokenizer.model
+    for _ in range(500):
+        text, _ = draw_caption(rng)
+        ids = model.encode(text)
+        assert model.unk_id() not in ids and model.decode(ids) == text
+
+
+def test_the_toy_encoder_gives_captions_of_other_attributes_other_embeddings(encoder):
+    def embed(**changes):
+        """Mean embedding, over twenty wordings."""
+        attributes = describe(0)[0] | changes
+        texts = [caption(attributes, np.random.default_rng(i)) for i in range(20)]
+        rows, mask = encoder.encode_text(texts)
+        return (rows.sum(dim=1) / mask.sum(dim=1, keepdim=True)).mean(dim=0)
+    plain = embed()
+    for name, values in ATTRIBUTES.items():
+        rows = [embed(**{name: value}) for value in values]
+        for i in range(len(rows)):
+            for j in range(i):
+                assert (rows[i] - rows[j]).norm() > 0.1 * plain.norm(), (name, values[i], values[j])
+
+
+def test_draw_caption_gives_labels_that_are_true_of_the_caption():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text, labels = draw_caption(rng)
+        said = says(text)
+        for label, (name, values) in zip(labels, ATTRIBUTES.items(), strict=True):
+            assert label == (values.index(said[name]) if name in said else len(values)), text
+
+
+def test_train_tokenizer_writes_a_tokenizer_with_the_special_ids_of_t5(tmp_path):
+    train_tokenizer(tmp_path / "spiece.model", np.random.default_rng(0), 200, n_captions=500)
+    ids, _ = Tokenizer(tmp_path / "spiece.model")(["a slow flute"])
+    assert ids[0, -1] == 1 and not (ids == 2).any()
+
+
+def test_read_attributes_does_not_look_at_padding():
+    torch.manual_seed(0)
+    readers = [torch.nn.Linear(8, 3), torch.nn.Linear(8, 4)]
+    embeddings, mask = torch.randn(1, 5, 8), torch.tensor([[True, True, True, False, False]])
+    with torch.no_grad():
+        short = read_attributes(readers, embeddings[:, :3], mask[:, :3])
+        for a, b in zip(read_attributes(readers, embeddings, mask), short, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------------------------------------- the codec's training
+
+@pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048])
+def test_mel_filters_cover_all_frequencies(n_fft):
+    filters = mel_filters(SAMPLE_RATE, n_fft, 64)
+    assert filters.shape == (n_fft // 2 + 1, 64) and (filters >= 0).all() and (filters <= 1).all()
+    assert (filters.sum(dim=1)[1:-1] > 0).all(), "but for 0 Hz and the Nyquist frequency, their outer edges"
+    centres = [column.argmax().item() for column in filters.T if column.any()]
+    assert centres == sorted(centres)
+
+
+def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor():
+    wav = torch.sin(2 * torch.pi * 1000 * torch.arange(16_000) / SAMPLE_RATE)[None]
+    mel = mel_spectrogram(wav, SAMPLE_RATE)
+    assert mel.shape == (1, 64, 63)
+    edges = 700 * (10 ** (torch.linspace(0, 2595 * np.log10(1 + 8000 / 700), 66) / 2595) - 1)
+    band = mel.mean(dim=2).argmax().item()
+    assert edges[band] < 1000 < edges[band + 2]
+    assert log_mel(torch.zeros(1)).item() == pytest.approx(np.log(1e-2))
+
+
+def test_reconstruction_losses_are_zero_for_the_same_audio_and_grow_with_the_error():
+    wav = torch.from_numpy(np.stack([play(i, 0.5) for i in range(2)]))
+    assert all(float(loss) == pytest.approx(0, abs=1e-6) for loss in reconstruction_losses(wav, wav))
+    near = reconstruction_losses(wav + 0.01 * torch.randn_like(wav), wav)
+    far = reconstruction_losses(wav + 0.1 * torch.randn_like(wav), wav)
+    assert all(0 < float(a) < float(b) for a, b in zip(near, far, strict=True))
+
+
+def test_draw_cuts_gives_pieces_of_the_clips():
+    torch.manual_seed(0)
+    clips = torch.arange(32_000.0).view(2, 16_000)
+    cuts = draw_cuts(clips, 50, 0.5)
+    assert cuts.shape == (50, 8000) and (cuts.diff(dim=1) == 1).all()
+    assert cuts.min() >= 0 and cuts.max() < 32_000 and {int(row[0] // 16_000) for row in cuts} == {0, 1}
+    assert draw_cuts(clips, 3, 1.0).shape == (3, 16_000)
+
+
+def test_revive_dead_codes_moves_dead_entries_onto_residuals_and_no_others():
+    torch.manual_seed(0)
+    config = CodecConfig(ratios=(2,), n_codebooks=2, codebook_size=8, dimension=4, n_filters=2)
+    quantizer = Codec.from_config(config).model.quantizer
+    for layer in quantizer.vq.layers:
+        layer._codebook.embed.normal_()
+        layer._codebook.inited.fill_(True)
+        layer._codebook.cluster_size.fill_(5.0)
+        layer._codebook.cluster_size[[2, 6]] = 0.01
+    before = [layer._codebook.embed.clone() for layer in quantizer.vq.layers]
+    latents = torch.randn(3, 4, 10)
+    revive_dead_codes(quantizer, latents)
+    alive = [0, 1, 3, 4, 5, 7]
+    residual = latents.transpose(1, 2).reshape(-1, 4)
+    for layer, old in zip(quantizer.vq.layers, before, strict=True):
+        book = layer._codebook
+        assert torch.equal(book.embed[alive], old[alive]) and (book.cluster_size[alive] == 5).all()
+        for entry in (2, 6):
+            assert (residual - book.embed[entry]).abs().sum(dim=1).min() < 1e-5
+            torch.testing.assert_close(book.embed_avg[entry] / book.cluster_size[entry], book.embed[entry])
+            assert book.cluster_size[entry] > 0.1
+        residual = residual - book.embed[torch.cdist(residual, book.embed).argmin(dim=1)]
+
+
+def test_revive_dead_codes_survives_more_dead_entries_than_latents():
+    config = CodecConfig(ratios=(2,), n_codebooks=2, codebook_size=16, dimension=4, n_filters=2)
+    quantizer = Codec.from_config(config).model.quantizer
+    revive_dead_codes(quantizer, torch.randn(1, 4, 5))
+    assert (quantizer.vq.layers[0]._codebook.cluster_size > 0.1).sum() == 5
+
+
+def test_export_keeps_what_sampling_needs_in_half_precision(tmp_path, monkeypatch):
+    content = {"config": {"a": 1}, "model_config": {"b": 2}, "codec": "toy", "text_encoder": "toy", "step": 7,
+               "ema": {"w": torch.rand(3)}, "model": {"w": torch.rand(3)}, "optimizer": {}, "rng": {}}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    monkeypatch.setattr("sys.argv", ["export.py", str(tmp_path), str(tmp_path / "small.pt")])
+    export()
+    small = torch.load(tmp_path / "small.pt", weights_only=True)
+    assert set(small) == {"config", "model_config", "codec", "text_encoder", "step", "ema"}
+    assert torch.equal(small["ema"]["w"], content["ema"]["w"].half())

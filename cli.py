@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import sys
 import typing
@@ -45,6 +46,26 @@ def pick_device(name):
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: no such device") from error
+
+
+def fingerprint(module, more=b""):
+    """A hash of a network's weights, and of the bytes `more`."""
+    digest = hashlib.sha256(more)
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def text_encoder_id(encoder):
+    """Covers the tokenizer too: other pieces, other embeddings."""
+    return fingerprint(encoder, encoder.tokenizer.model.serialized_model_proto() if encoder.tokenizer else b"")
+
+
+def check_same(names, codec, encoder):
+    """ValueError if codec or text encoder have other weights than those a model was trained with (`load_model`)."""
+    for kind, now in (("codec", fingerprint(codec)), ("text_encoder", text_encoder_id(encoder))):
+        if now != names[f"{kind}_id"]:
+            raise ValueError(f"{kind} {names[kind]} has other weights now than when the model was trained with it")
 
 
 def save_whole(content, path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import run, save_whole
+from cli import fingerprint, pick_device, run, save_whole, text_encoder_id
 from encodec_wrap import load_audio, load_codec
 from t5_encoder import T5Encoder
 
@@ -60,9 +60,9 @@ def read_caption(audio_path, caption_key):
     """The caption beside an audio file: NAME.txt, or NAME.json with `caption_key`. ValueError if there is none."""
     text, record = audio_path.with_suffix(".txt"), audio_path.with_suffix(".json")
     if text.is_file():
-        return text.read_text(encoding="utf-8").strip()
+        return text.read_text(encoding="utf-8-sig").strip()
     if record.is_file():
-        return caption_of(json.loads(record.read_text(encoding="utf-8")), caption_key)
+        return caption_of(json.loads(record.read_text(encoding="utf-8-sig")), caption_key)
     raise ValueError(f"no caption: want {text.name} or {record.name} beside it")
 
 
@@ -94,7 +94,7 @@ def manifest_sources(manifest, audio_key, caption_key, sample_rate):
     """(entries, bad) of a JSON-lines manifest; relative audio paths start at the manifest's folder."""
     entries, bad = [], []
     try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
+        lines = manifest.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{manifest}: is not a JSON-lines manifest (no text)") from error
     for number, line in enumerate(lines, 1):
@@ -124,14 +124,6 @@ def toy_sources(n_clips, split, seconds, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------------------- encoding
-
-def fingerprint(module, more=b""):
-    """A hash of a network's weights, and of `more`: caches made with other weights are never mixed up."""
-    digest = hashlib.sha256(more)
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 
 def cut_clips(wav, length):
     """Audio (1, S) -> clips (n, 1, length) and the samples that are audio in each (n,); the last is padded with zeros.
@@ -163,19 +155,21 @@ def encode_audio(entries, codec, seconds, path, device):
     cache, bad, fresh = load_cache(path), [], 0
     length = round(seconds * codec.sample_rate)
     todo = [entry for entry in entries if entry[1] not in cache]
-    for name, key, read, _ in tqdm(todo, desc="encoding audio", disable=not todo):
-        try:
-            clips, samples = cut_clips(read(), length)
-        except (ValueError, OSError) as error:
-            bad.append((name, str(error)))
-            continue
-        codes = torch.cat([codec.encode(clip.to(device)).cpu() for clip in clips.split(8)])
-        cache[key] = (codes.to(torch.int16), (samples / codec.hop_length).ceil().long())
-        fresh += 1
-        if fresh % SAVE_EVERY == 0:
+    try:
+        for name, key, read, _ in tqdm(todo, desc="encoding audio", disable=not todo):
+            try:
+                clips, samples = cut_clips(read(), length)
+            except (ValueError, OSError) as error:
+                bad.append((name, str(error)))
+                continue
+            codes = torch.cat([codec.encode(clip.to(device)).cpu() for clip in clips.split(8)])
+            cache[key] = (codes.to(torch.int16), (samples / codec.hop_length).ceil().long())
+            fresh += 1
+            if fresh % SAVE_EVERY == 0:
+                save_whole(cache, path)
+    finally:  # a stop half-way keeps what is done
+        if fresh % SAVE_EVERY:
             save_whole(cache, path)
-    if fresh:
-        save_whole(cache, path)
     return cache, bad
 
 
@@ -195,11 +189,10 @@ def encode_captions(captions, encoder, path):
 def encode(entries, bad, codec, encoder, seconds, cache_dir, device="cpu"):
     """Fill both caches with all that `entries` need, and report what is bad: -> (codes by key, text by caption)."""
     cache_dir = Path(cache_dir)
-    codes, unreadable = encode_audio(
-        entries, codec, seconds, cache_dir / f"codes-{fingerprint(codec)}-{codec.n_codebooks}x{seconds:g}s.pt", device)
+    name = f"codes-{fingerprint(codec)}-{codec.n_codebooks}x{round(seconds * codec.sample_rate)}.pt"
+    codes, unreadable = encode_audio(entries, codec, seconds, cache_dir / name, device)
     captions = list(dict.fromkeys(caption for _, key, _, caption in entries if key in codes))
-    pieces = encoder.tokenizer.model.serialized_model_proto() if encoder.tokenizer else b""
-    text = encode_captions(captions, encoder, cache_dir / f"text-{fingerprint(encoder, pieces)}.pt")
+    text = encode_captions(captions, encoder, cache_dir / f"text-{text_encoder_id(encoder)}.pt")
     bad = bad + unreadable
     for name, problem in bad:
         print(f"skipped {name}: {problem}")
@@ -227,6 +220,8 @@ def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="locat
     too small for that is validated on itself. ValueError where nothing can be read.
     """
     path = Path(data)
+    if not round(seconds * codec.sample_rate) >= 1:
+        raise ValueError(f"--seconds must be above 0, not {seconds}")
     if data == "toy":
         train, valid = toy_sources(toy_clips, "train", seconds), toy_sources(max(1, toy_clips // 20), "valid", seconds)
         bad = []
@@ -243,7 +238,8 @@ def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="locat
     codes, text = encode(train + valid, bad, codec, encoder, seconds, cache_dir, device)
     train, valid = ([entry for entry in part if entry[1] in codes] for part in (train, valid))
     if not train + valid:
-        raise ValueError(f"{data}: the data set is empty: no audio file with a caption could be read")
+        raise ValueError(f"{data}: the data set is empty: no audio file ({', '.join(AUDIO_SUFFIXES)}) with a caption "
+                         "could be read")
     if not train or not valid:
         print("too few files to hold some out: validating on the training clips")
     return collect(train or valid, codes, text), collect(valid or train, codes, text)
@@ -253,14 +249,19 @@ def main():
     parser = argparse.ArgumentParser(description="encode a data set into the cache")
     parser.add_argument("data", help="a folder, a JSON-lines manifest, or toy")
     parser.add_argument("--codec", default="toy")
+    parser.add_argument("--n-codebooks", type=int, default=0)
     parser.add_argument("--text-encoder", default="toy")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--cache", default="cache")
     parser.add_argument("--audio-key", default="location")
     parser.add_argument("--caption-key", default="main_caption")
+    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    codec, encoder = load_codec(args.codec), T5Encoder.from_pretrained(args.text_encoder)
-    train, valid = load_data(args.data, codec, encoder, args.seconds, args.cache, args.audio_key, args.caption_key)
+    device = pick_device(args.device)
+    codec = load_codec(args.codec, args.n_codebooks or None, device)
+    encoder = T5Encoder.from_pretrained(args.text_encoder).to(device)
+    train, valid = load_data(args.data, codec, encoder, args.seconds, args.cache, args.audio_key, args.caption_key,
+                             device=device)
     print(f"{len(train)} training clips and {len(valid)} validation clips of {args.seconds:g} s")
 
 

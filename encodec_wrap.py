@@ -121,17 +121,18 @@ class Codec(nn.Module):
 def load_codec(name_or_path, n_codebooks=None, device="cpu"):
     """Load a codec by name ("toy", "encodec_24khz") or from a file written by `Codec.save`.
 
-    `n_codebooks` keeps only the first K codebooks (the 24 kHz model has up to 32). Raises ValueError for an unknown
-    name and for a file that is not a codec; the 24 kHz weights are downloaded once, to torch's hub cache.
+    `n_codebooks` keeps only the first K codebooks (the 24 kHz model has up to 32; 4 by default). Raises ValueError for
+    an unknown name and a file that is not a codec; the 24 kHz weights are downloaded once, to torch's hub cache.
     """
     if name_or_path == "encodec_24khz":
         try:
             model = encodec.EncodecModel.encodec_model_24khz()
-        except OSError as error:
+        except Exception as error:  # neither the network nor a damaged file has one type
             url = f"{encodec.model.ROOT_URL}encodec_24khz-d7cc33bc.th"
             folder = Path(torch.hub.get_dir(), "checkpoints")
-            raise ConnectionError(f"could not download {url} ({error}); fetch it by hand into {folder}") from error
-        return Codec(model, n_codebooks or 8).to(device).eval().requires_grad_(False)
+            raise ValueError(f"could not load {url} from {folder} or download it ({error}); delete the file there "
+                             "if it is damaged, fetch it by hand without a network") from error
+        return Codec(model, n_codebooks or 4).to(device).eval().requires_grad_(False)
     path = TOY_CODEC if name_or_path == "toy" else Path(name_or_path)
     if not path.is_file():
         raise ValueError(f"unknown codec {str(name_or_path)!r}: want toy, encodec_24khz or the file of a trained codec")
@@ -181,7 +182,7 @@ def check_audio_path(path):
 
 
 def save_audio(path, wav, sample_rate):
-    """Write audio (1, S) or (S,) as 16-bit PCM; the suffix names the format (.wav, .flac, .ogg).
+    """Write audio (1, S) or (S,); the suffix names the format: .wav and .flac (16-bit PCM), .ogg (Vorbis).
 
     Peaks beyond full scale are turned down, never clipped. The file appears whole or not at all.
     """
@@ -197,5 +198,7 @@ def save_audio(path, wav, sample_rate):
             for start in range(0, len(samples), 65_536):  # in blocks: libsndfile's OGG writer crashes on long ones
                 file.write(samples[start:start + 65_536] / max(1.0, peak / 0.999))
         os.replace(temporary, path)
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -24,13 +24,13 @@ def cosine_schedule(t):
 def expected_mask_rate(n_spans, n_frames, span_len):
     """[App. C] Expected share of hidden frames with `n_spans` starts among `n_frames`: 1 - C(T - l, u) / C(T, u).
 
-    n_spans: int or tensor of ints, any shape; gives a float64 tensor of that shape. The binomials cancel to a product
-    of l factors (T - u - i) / (T - i), which neither overflows nor loses precision.
+    n_spans: int or tensor of ints, any shape; gives a float64 tensor of that shape on the CPU. The binomials cancel to
+    a product of l factors (T - u - i) / (T - i), which neither overflows nor loses precision.
 
     >>> expected_mask_rate(2, 10, 3)  # 1 - C(7, 2) / C(10, 2) = 1 - 21/45
     tensor(0.5333, dtype=torch.float64)
     """
-    u = torch.as_tensor(n_spans, dtype=torch.float64)
+    u = torch.as_tensor(n_spans).cpu().double()  # on the CPU: not every device has float64
     visible = torch.ones_like(u)
     for i in range(min(span_len, n_frames)):
         visible = visible * (n_frames - u - i) / (n_frames - i)
@@ -45,7 +45,7 @@ def spans_for_mask_rate(rate, n_frames, span_len):
     """
     counts = torch.arange(1, n_frames + 1)
     rates = expected_mask_rate(counts, n_frames, span_len)  # (T,)
-    wanted = torch.as_tensor(rate, dtype=torch.float64).cpu()
+    wanted = torch.as_tensor(rate).cpu().double()
     nearest = counts[(rates - wanted[..., None]).abs().argmin(dim=-1)]
     return nearest.to(rate.device) if isinstance(rate, torch.Tensor) else nearest.item()
 

@@ -27,6 +27,7 @@ class ModelConfig:
     n_layers: int = 6
     ffn_mult: int = 4  # hidden width of the feed-forward layers / dim
     text_dim: int = 64  # width of T5's output
+    text_len: int = 0  # texts are padded to at least so many tokens
     context: int = 5  # frames that stages after the first may see on each side; -1: all
     span_len: int = 3  # frames per span of the training masks
     seconds: float = 4.0  # length of the training clips
@@ -50,13 +51,14 @@ def local_attention(q, k, v, context):
     block = max(32, context)
     n = math.ceil(T / block)
     width = block + 2 * context
-    q = F.pad(q, (0, 0, 0, n * block - T)).view(B, H, n, block, D)
-    k, v = (F.pad(x, (0, 0, context, n * block - T + context)).unfold(2, width, block).transpose(3, 4) for x in (k, v))
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    q = F.pad(q, (0, 0, 0, n * block - T)).view(B * H, n, block, D)
+    k, v = (F.pad(x, (0, 0, context, n * block - T + context)).unfold(1, width, block).transpose(2, 3) for x in (k, v))
     query = torch.arange(n * block, device=q.device).view(n, block, 1)  # the frame that each place stands for
     key = torch.arange(n, device=q.device).view(n, 1, 1) * block + torch.arange(width, device=q.device) - context
     exists = (key >= 0) & (key < T) | (query >= T)  # padded queries may see padding: no row is ever empty
     may_attend = ((query - key).abs() <= context) & exists  # (n, block, width)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)  # (B, H, n, block, D)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)  # (B * H, n, block, D)
     return out.reshape(B, H, n * block, D)[:, :, :T]
 
 
@@ -158,9 +160,14 @@ class MAGNeT(nn.Module):
         text: (B, N, text_dim), T5's output; text_mask: (B, N), zero at padding. Padded positions take part in the
         attention as zero keys and values, as released; a row whose mask is all zero is the null condition, and its
         cross-attention output is exactly zero. Gives a list of (2, B, H, N, D), for `forward`'s `prepared`.
+
+        Deviation: `config.text_len` pads every text to one width, so that a prompt's music does not depend on how long
+        the other prompts of its batch are; published models have text_len = 0.
         """
         if text.shape[-1] != self.config.text_dim:
             raise ValueError(f"the text embeddings are {text.shape[-1]} wide; this model wants {self.config.text_dim}")
+        missing = max(0, self.config.text_len - text.shape[1])
+        text, text_mask = F.pad(text, (0, 0, 0, missing)), F.pad(text_mask, (0, missing))
         dtype = self.text_proj.weight.dtype
         projected = self.text_proj(text.to(dtype)) * text_mask[..., None].to(dtype)  # (B, N, C)
         return [block.cross_attn.keys_values(projected) for block in self.blocks]
@@ -231,20 +238,22 @@ def load_strictly(model, state, path):
 def load_model(name_or_path, device="cpu"):
     """Load a trained model: "toy", the folder of a training run, or a checkpoint file.
 
-    Gives (MAGNeT in eval mode with the averaged weights, {"codec": name, "text_encoder": name}). Raises ValueError
-    naming the file for an unknown model and for a damaged or foreign checkpoint.
+    Gives (MAGNeT in eval mode with the averaged weights, {"codec": name, "text_encoder": name}), and beside the names
+    what `cli.check_same` compares. Raises ValueError naming the file for an unknown model and for a damaged or foreign
+    checkpoint.
     """
     path = TOY_MODEL if name_or_path == "toy" else Path(name_or_path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"unknown model {str(name_or_path)!r}: want toy, a training run's folder or a checkpoint file")
-    content = read_checkpoint(path, ("model_config", "ema", "codec", "text_encoder"))
+    content = read_checkpoint(path, ("model_config", "ema", "codec", "text_encoder", "codec_id", "text_encoder_id"))
     try:
         model = MAGNeT(ModelConfig(**content["model_config"]))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: its model_config is not one of this version ({error})") from error
     load_strictly(model, content["ema"], path)
-    return model.to(device).eval().requires_grad_(False), {key: content[key] for key in ("codec", "text_encoder")}
+    kept = ("codec", "text_encoder", "codec_id", "text_encoder_id")
+    return model.to(device).eval().requires_grad_(False), {key: content[key] for key in kept}
 
 
 def yaml_section(text, name):

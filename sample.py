@@ -11,19 +11,20 @@ rescoring and hybrid decoding.
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import add_flags, from_flags, option, pick_device, run
+from cli import add_flags, check_same, from_flags, option, pick_device, run
 from encodec_wrap import check_audio_path, load_audio, load_codec, save_audio
 from masking import cosine_schedule, hide_codes
 from model import load_model
 from t5_encoder import T5Encoder
 
+PAPER_STEPS = (20, 10, 10, 10)  # for K codebooks: 20, and 10 for each later one
 FIXED = -1e4  # added to a span's score for what must stay as it is; far below any score that a probability gives
 NEUTRAL = {"max": 1.0, "prod": 0.0}  # the score of a token that has no say in its span
 BATCH = 16  # clips that are decoded together
@@ -33,7 +34,7 @@ BATCH = 16  # clips that are decoded together
 class SamplingConfig:
     """How to decode; the defaults are the paper's."""
 
-    decoding_steps: tuple[int, ...] = option((20, 10, 10, 10), "steps for each codebook")
+    decoding_steps: tuple[int, ...] = option(PAPER_STEPS, "steps for each codebook")
     temperature: float = option(3.0, "softmax temperature, annealed linearly to zero")
     top_p: float = option(0.9, "nucleus: the most probable tokens that hold this much probability; 1 keeps all")
     top_k: int = option(0, "keep only the k most probable tokens; 0 keeps all")
@@ -227,25 +228,26 @@ def decode_stage(model, codes, stage, given, prepared, config, generator=None, o
     return codes[:, stage]
 
 
-def check_steps(config, n_codebooks):
-    """ValueError unless there is one number of decoding steps for each codebook."""
+def fit_steps(config, n_codebooks):
+    """The config with one number of decoding steps per codebook; the default fits any K, else ValueError."""
+    if config.decoding_steps == PAPER_STEPS:
+        return replace(config, decoding_steps=(20,) + (10,) * (n_codebooks - 1))
     if len(config.decoding_steps) != n_codebooks:
         raise ValueError(f"decoding_steps must hold {n_codebooks} numbers, one per codebook: {config.decoding_steps}")
+    return config
 
 
 @torch.inference_mode()
 def generate(model, text, text_mask, n_frames, config=None, audio_prompt=None, generator=None, on_step=None):
     """[Sec. 3.3, Fig. 4] Generate codes (B, K, T) of exactly `n_frames` frames, codebook after codebook.
 
-    text: (B, N, text_dim) from the text encoder and text_mask (B, N), or None and None for music without a prompt (as
-    released, padding takes part in the attention, so the longest prompt of a batch has a small say in the others);
+    text: (B, N, text_dim) from the text encoder and text_mask (B, N), or None and None for music without a prompt;
     audio_prompt: codes (B, K, P), P <= T, which the result begins with; generator: a `torch.Generator` on the model's
     device (the same seed and device give the same codes); on_step(stage, step, codes, hidden, confidence) is called
     after every decoding step. Raises ValueError where an argument does not fit the model.
     """
-    config = config or SamplingConfig()
     K, device = model.config.n_codebooks, model.out_norm.weight.device
-    check_steps(config, K)
+    config = fit_steps(config or SamplingConfig(), K)
     if n_frames < 1:
         raise ValueError(f"n_frames must be at least 1, not {n_frames}")
     if audio_prompt is None:
@@ -280,7 +282,7 @@ def parse_args():
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to play; "" for no condition')
     parser.add_argument("--out", type=Path, default=Path("out.wav"), help="file to write; several get numbers")
     parser.add_argument("--model", default="toy", help="toy, the folder of a training run, or a checkpoint file")
-    parser.add_argument("--seconds", type=float, help="length (default: that of the training clips)")
+    parser.add_argument("--seconds", type=float, help="length in all (default: that of the training clips)")
     parser.add_argument("--n", type=int, default=1, help="variations of each prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -292,15 +294,16 @@ def parse_args():
 def main():
     args = parse_args()
     config, device = from_flags(args, SamplingConfig), pick_device(args.device)
-    if args.seconds is not None and not 0 < args.seconds < math.inf:
-        raise ValueError(f"--seconds must be above 0, not {args.seconds}")
+    if args.seconds is not None and not 0 < args.seconds <= 3600:
+        raise ValueError(f"--seconds must be above 0 and at most 3600, not {args.seconds:g}")
     if args.n < 1:
         raise ValueError(f"--n must be at least 1, not {args.n}")
     check_audio_path(args.out)
     model, names = load_model(args.model, device)
-    check_steps(config, model.config.n_codebooks)
+    config = fit_steps(config, model.config.n_codebooks)
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
+    check_same(names, codec, encoder)
     seconds = args.seconds or model.config.seconds
     samples = max(1, round(seconds * codec.sample_rate))
     n_frames = math.ceil(samples / codec.hop_length)

@@ -287,11 +287,22 @@ def test_encode_audio_keeps_what_was_saved_when_it_is_interrupted(codec, tmp_pat
     entries = [(f"clip {i}", f"key{i}", lambda i=i: read(i), "") for i in range(5)]
     with pytest.raises(KeyboardInterrupt):
         encode_audio(entries, codec, 0.05, tmp_path / "codes.pt", "cpu")
-    assert set(torch.load(tmp_path / "codes.pt", weights_only=True)) == {"key0", "key1"}
+    assert set(torch.load(tmp_path / "codes.pt", weights_only=True)) == {"key0", "key1", "key2"}
     monkeypatch.setattr(data, "SAVE_EVERY", 1000)
     codes, bad = encode_audio(entries[:3], codec, 0.05, tmp_path / "codes.pt", "cpu")
     assert set(codes) == {"key0", "key1", "key2"} and bad == []
-    assert codec.encode.rows == 3 + 1
+    assert codec.encode.rows == 3
+
+
+def test_manifest_may_hold_a_byte_order_mark_and_unusual_line_separators(tmp_path):
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", torch.rand(800).numpy(), 16_000)
+    caption = "one\u2028two\x85"
+    rows = [{"location": f"{i}.wav", "main_caption": caption} for i in range(2)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "list.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    entries, bad = data.manifest_sources(tmp_path / "list.jsonl", "location", "main_caption", 16_000)
+    assert len(entries) == 2 and not bad
 
 
 # ------------------------------------------------------------------------------------------------------------ splitting

@@ -203,9 +203,9 @@ def test_load_codec_gives_the_24khz_model_with_as_many_codebooks_as_asked(monkey
     weights = encodec_wrap.encodec.EncodecModel.encodec_model_24khz(pretrained=False).state_dict()
     monkeypatch.setattr(encodec_wrap.encodec.EncodecModel, "_get_pretrained", staticmethod(lambda *_: weights))
     codec = load_codec("encodec_24khz")
-    assert (codec.sample_rate, codec.frame_rate, codec.codebook_size, codec.n_codebooks) == (24_000, 75, 1024, 8)
+    assert (codec.sample_rate, codec.frame_rate, codec.codebook_size, codec.n_codebooks) == (24_000, 75, 1024, 4)
     codes = codec.encode(torch.zeros(1, 1, 1000))
-    assert codes.shape == (1, 8, 4) and codec.decode(codes).shape == (1, 1, 4 * 320)
+    assert codes.shape == (1, 4, 4) and codec.decode(codes).shape == (1, 1, 4 * 320)
     two = load_codec("encodec_24khz", 2)
     assert torch.equal(two.encode(torch.zeros(1, 1, 1000)), codes[:, :2])
     with pytest.raises(ValueError, match="between 1 and 32"):

@@ -433,13 +433,13 @@ def test_audiocraft_config_raises_key_error_for_a_missing_setting(published):
 
 def checkpoint_of(model):
     return {"model_config": dataclasses.asdict(model.config), "ema": model.state_dict(), "codec": "toy",
-            "text_encoder": "t5-small"}
+            "text_encoder": "t5-small", "codec_id": "c0", "text_encoder_id": "e0"}
 
 
 def test_load_model_gives_back_what_was_saved(make_magnet, tmp_path):
     model = make_magnet(context=7)
     loaded, names = load_model(save_as(checkpoint_of(model), tmp_path / "checkpoint.pt"))
-    assert names == {"codec": "toy", "text_encoder": "t5-small"}
+    assert names == {"codec": "toy", "text_encoder": "t5-small", "codec_id": "c0", "text_encoder_id": "e0"}
     assert loaded.config == model.config and not loaded.training
     assert not any(weight.requires_grad for weight in loaded.parameters())
     assert loaded(random_codes(model), 1, random_text(model)).equal(model(random_codes(model), 1, random_text(model)))
@@ -540,8 +540,7 @@ def test_loading_never_runs_code_from_a_file(load, save, tmp_path):
 ], ids=str)
 def test_load_model_names_the_file_whatever_is_wrong_inside(change, make_magnet, tmp_path):
     model = make_magnet()
-    content = {"model_config": vars(model.config), "ema": model.state_dict(), "codec": "toy", "text_encoder": "toy"}
-    torch.save(content | change, tmp_path / "checkpoint.pt")
+    torch.save(checkpoint_of(model) | change, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="checkpoint.pt"):
         load_model(tmp_path)
 
@@ -551,3 +550,13 @@ def test_text_without_a_mask_works_in_half_precision(dtype, make_magnet):
     model = make_magnet().to(dtype)
     codes = torch.zeros(1, 4, 5, dtype=torch.long)
     assert model(codes, 0, torch.randn(1, 3, 8)).isfinite().all()
+
+
+def test_text_len_makes_a_prompt_independent_of_its_companions(make_magnet):
+    """Padding takes part in the attention: without a common width, a longer companion would change the logits."""
+    short, codes = torch.randn(1, 3, 8), torch.zeros(1, 4, 5, dtype=torch.long)
+    wide, mask = F.pad(short, (0, 0, 0, 4)), torch.tensor([[1.0] * 3 + [0.0] * 4])
+    for text_len, equal in ((0, False), (8, True)):
+        model = make_magnet(text_len=text_len)
+        alone, beside = model(codes, 0, short, torch.ones(1, 3)), model(codes, 0, wide, mask)
+        assert torch.allclose(alone, beside, atol=1e-6) is equal

@@ -18,6 +18,7 @@ from sample import (
     SamplingConfig,
     annealed_temperature,
     decode_stage,
+    fit_steps,
     generate,
     guidance_scale,
     guided_logits,
@@ -601,8 +602,13 @@ def test_sampling_config_defaults_are_the_papers():
 
 @pytest.mark.parametrize("steps", [(5,), (5, 5, 5), (5, 5, 5, 5, 5)])
 def test_generate_wants_as_many_steps_as_codebooks(steps, make_magnet):
-    with pytest.raises(ValueError, match=f"decoding_steps must hold 4 numbers, one per codebook, not {len(steps)}"):
+    with pytest.raises(ValueError, match="decoding_steps must hold 4 numbers, one per codebook: .*5"):
         generate(make_magnet(), None, None, 10, SamplingConfig(decoding_steps=steps))
+
+
+@pytest.mark.parametrize("K", [1, 2, 8])
+def test_fit_steps_extends_the_papers_default_to_any_number_of_codebooks(K):
+    assert fit_steps(SamplingConfig(), K).decoding_steps == (20, 10, 10, 10, 10, 10, 10, 10)[:K]
 
 
 @pytest.mark.parametrize("n_frames", [0, -1])

@@ -290,7 +290,7 @@ def test_train_config_names_the_flag_that_is_out_of_range(name, value):
 def test_train_logs_validation_per_codebook_and_rate_and_they_are_those_of_the_averaged_weights(tiny_run, cache):
     rows = read_log(tiny_run)
     columns = {f"val_{k}_{rate}" for k in range(4) for rate in (0.25, 0.5, 0.75, 1.0)}
-    assert set(rows[0]) == {"step", "loss", "lr"} | columns
+    assert set(rows[0]) == {"step", "loss", "lr", "chance"} | columns
     assert [int(row["step"]) for row in rows] == list(range(1, 11))
     assert [bool(row["val_0_0.5"]) for row in rows] == [step in (5, 10) for step in range(1, 11)]
     model, names = load_model(tiny_run)
@@ -407,9 +407,10 @@ def test_train_resume_of_a_finished_run_changes_nothing(run_tiny, tmp_path):
     assert_same((read_checkpoint(run), read_log(run)), before)
 
 
-def test_train_resume_keeps_the_settings_of_the_run(run_tiny, tmp_path):
+def test_train_resume_refuses_other_settings_than_those_of_the_run(run_tiny, tmp_path):
     run = run_tiny(tmp_path / "run")
-    run_tiny(run, "--resume --dim 96 --steps 99")
+    with pytest.raises(ValueError, match="dim is 48, not 96"):
+        run_tiny(run, "--resume --dim 96")
     assert read_checkpoint(run)["config"]["dim"] == 48 and read_checkpoint(run)["step"] == 10
 
 

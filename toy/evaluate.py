@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import add_flags, from_flags, pick_device, run
+from cli import add_flags, check_same, from_flags, pick_device, run
 from data import collect, encode, toy_sources
 from encodec_wrap import load_codec
 from model import load_model
 from sample import SamplingConfig, generate
 from t5_encoder import T5Encoder
 from toy.judge import load_judge
-from toy.world import ATTRIBUTES, describe, example
+from toy.world import ATTRIBUTES, SAMPLE_RATE, describe, example
 from train import MASK_RATES, precision, validate
 
 SEED = 7  # of prompts and of the real clips beside them; training uses 0 and 1
@@ -57,11 +57,13 @@ def in_parts(function, wav, size=32):
 
 
 def adherence(read, labels):
-    """{attribute: share, ..., "overall": mean share} of (n, 5) labels read as asked, each with its interval."""
+    """{attribute: share, ..., "overall": mean share} of (n, 5) labels read as asked, each with its interval.
+
+    The interval of the mean is that of n trials, since the readings of one clip depend on each other.
+    """
     right, n = (read == labels).float(), len(labels)
     shares = dict(zip([*ATTRIBUTES, "overall"], [*right.mean(dim=0).tolist(), right.mean().item()], strict=True))
-    return {name: {"share": share, "interval": wilson(share, n * (5 if name == "overall" else 1))}
-            for name, share in shares.items()}
+    return {name: {"share": share, "interval": wilson(share, n)} for name, share in shares.items()}
 
 
 def play(model, codec, encoder, captions, config, device, seed, batch=16):
@@ -85,6 +87,9 @@ def evaluate(args, config, device):
     model, names = load_model(args.model, device)
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
+    check_same(names, codec, encoder)
+    if codec.sample_rate != SAMPLE_RATE:
+        raise ValueError(f"the judge listens at {SAMPLE_RATE} Hz; {args.model} plays at {codec.sample_rate}")
     judge, half = load_judge(), args.n // 2
     result = {"model": args.model, "n_prompts": 2 * half, "sampling": vars(config), "device": str(device)}
     result["adherence"] = {}

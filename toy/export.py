@@ -15,7 +15,7 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    kept = ("config", "model_config", "codec", "text_encoder", "step")
+    kept = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id", "step")
     content = read_checkpoint(args.run / "checkpoint.pt", (*kept, "ema"))
     small = {key: content[key] for key in kept}
     small["ema"] = {name: tensor.half() for name, tensor in content["ema"].items()}

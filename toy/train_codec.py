@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm, trange
 
+from cli import run
 from encodec_wrap import Codec, CodecConfig
 from toy.mel import log_mel, mel_spectrogram
 from toy.world import SAMPLE_RATE, example
@@ -85,6 +86,8 @@ def main():
     step, spent = 0, 0.0
     checkpoint = args.out / "checkpoint.pt"
     if args.resume:
+        if not checkpoint.is_file():
+            raise ValueError(f"--resume: there is no {checkpoint}")
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -141,4 +144,4 @@ def save(args, codec, optimizer, step, spent):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

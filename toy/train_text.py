@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
+from cli import run
 from t5_encoder import T5Config, T5Encoder, Tokenizer
 from toy.world import ATTRIBUTES, caption, combinations
 
@@ -100,4 +101,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

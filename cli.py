@@ -11,6 +11,13 @@ from pathlib import Path
 import torch
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as `run` prints them."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
 def option(default, help, choices=None):
     """A dataclass field which is also a command-line flag: its default value, and what it means."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
@@ -35,6 +42,13 @@ def from_flags(args, config_class):
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
 def pick_device(name):
     """"auto" -> CUDA, else Apple's MPS, else the CPU; any other name is checked. ValueError where it is not there."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -56,15 +70,17 @@ def fingerprint(module, more=b""):
     return digest.hexdigest()[:16]
 
 
-def text_encoder_id(encoder):
-    """Covers the tokenizer too: other pieces, other embeddings."""
-    return fingerprint(encoder, encoder.tokenizer.model.serialized_model_proto() if encoder.tokenizer else b"")
+def identities(codec, encoder):
+    """What a model is tied to: the weights of its codec and text encoder, and the tokenizer's pieces."""
+    pieces = encoder.tokenizer.model.serialized_model_proto() if encoder.tokenizer else b""
+    return {"codec_id": fingerprint(codec), "text_encoder_id": fingerprint(encoder, pieces)}
 
 
 def check_same(names, codec, encoder):
     """ValueError if codec or text encoder have other weights than those a model was trained with (`load_model`)."""
-    for kind, now in (("codec", fingerprint(codec)), ("text_encoder", text_encoder_id(encoder))):
-        if now != names[f"{kind}_id"]:
+    for key, now in identities(codec, encoder).items():
+        kind = key.removesuffix("_id")
+        if now != names[key]:
             raise ValueError(f"{kind} {names[kind]} has other weights now than when the model was trained with it")
 
 

@@ -7,7 +7,6 @@ that. It leaves out what large data sets need: streaming, shards, augmentation.
     python data.py my_music --codec encodec_24khz --text-encoder t5-base --seconds 10  # only fills the cache
 """
 
-import argparse
 import hashlib
 import json
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import fingerprint, pick_device, run, save_whole, text_encoder_id
+from cli import Parser, identities, pick_device, run, save_whole
 from encodec_wrap import load_audio, load_codec
 from t5_encoder import T5Encoder
 
@@ -189,10 +188,11 @@ def encode_captions(captions, encoder, path):
 def encode(entries, bad, codec, encoder, seconds, cache_dir, device="cpu"):
     """Fill both caches with all that `entries` need, and report what is bad: -> (codes by key, text by caption)."""
     cache_dir = Path(cache_dir)
-    name = f"codes-{fingerprint(codec)}-{codec.n_codebooks}x{round(seconds * codec.sample_rate)}.pt"
-    codes, unreadable = encode_audio(entries, codec, seconds, cache_dir / name, device)
+    ids, samples = identities(codec, encoder), round(seconds * codec.sample_rate)
+    codes_path = cache_dir / f"codes-{ids['codec_id']}-{codec.n_codebooks}x{samples}.pt"
+    codes, unreadable = encode_audio(entries, codec, seconds, codes_path, device)
     captions = list(dict.fromkeys(caption for _, key, _, caption in entries if key in codes))
-    text = encode_captions(captions, encoder, cache_dir / f"text-{text_encoder_id(encoder)}.pt")
+    text = encode_captions(captions, encoder, cache_dir / f"text-{ids['text_encoder_id']}.pt")
     bad = bad + unreadable
     for name, problem in bad:
         print(f"skipped {name}: {problem}")
@@ -246,7 +246,7 @@ def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="locat
 
 
 def main():
-    parser = argparse.ArgumentParser(description="encode a data set into the cache")
+    parser = Parser(description="encode a data set into the cache")
     parser.add_argument("data", help="a folder, a JSON-lines manifest, or toy")
     parser.add_argument("--codec", default="toy")
     parser.add_argument("--n-codebooks", type=int, default=0)

@@ -8,7 +8,6 @@ rescoring and hybrid decoding.
     python sample.py "a slow deep flute plays a rising melody, with drums" --out flute.wav
 """
 
-import argparse
 import math
 import time
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import add_flags, check_same, from_flags, option, pick_device, run
+from cli import Parser, add_flags, check_same, from_flags, option, pick_device, run
 from encodec_wrap import check_audio_path, load_audio, load_codec, save_audio
 from masking import cosine_schedule, hide_codes
 from model import load_model
@@ -278,7 +277,7 @@ def output_paths(out, count):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Make music from a text prompt.")
+    parser = Parser(description="Make music from a text prompt.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to play; "" for no condition')
     parser.add_argument("--out", type=Path, default=Path("out.wav"), help="file to write; several get numbers")
     parser.add_argument("--model", default="toy", help="toy, the folder of a training run, or a checkpoint file")

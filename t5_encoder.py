@@ -55,11 +55,11 @@ class T5Config:
             raise ValueError(f"feed_forward_proj must be 'relu' or 'gated-gelu', got {self.feed_forward_proj!r}")
 
 
-FLAN_SMALL = T5Config(32128, 512, 64, 1024, 8, 6, feed_forward_proj="gated-gelu")
 PUBLISHED = {  # name: (repository on the hub, config)
     "t5-small": ("google-t5/t5-small", T5Config(32128, 512, 64, 2048, 6, 8)),
     "t5-base": ("google-t5/t5-base", T5Config(32128, 768, 64, 3072, 12, 12)),
-    "google/flan-t5-small": ("google/flan-t5-small", FLAN_SMALL),
+    "google/flan-t5-small": (
+        "google/flan-t5-small", T5Config(32128, 512, 64, 1024, 8, 6, feed_forward_proj="gated-gelu")),
 }
 
 
@@ -180,10 +180,8 @@ class T5Encoder(nn.Module):
         position = torch.arange(attention_mask.shape[1], device="cpu")
         distance = position[None, :] - position[:, None]  # (N queries, N keys)
         config = self.config
-        buckets = relative_buckets(
-            distance, config.relative_attention_num_buckets, config.relative_attention_max_distance
-        ).to(attention_mask.device)
-        bias = self.relative_bias(buckets).float()  # (N, N, H)
+        n, far = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        bias = self.relative_bias(relative_buckets(distance, n, far).to(attention_mask.device)).float()  # (N, N, H)
         # Finite, not -inf: a row with nothing to attend to then gives an average rather than NaN.
         return bias.permute(2, 0, 1).masked_fill(~attention_mask[:, None, None, :], -1e9)
 
@@ -209,10 +207,8 @@ class T5Encoder(nn.Module):
         FileNotFoundError if the encoder came without its tokenizer.
         """
         if self.tokenizer is None:
-            raise FileNotFoundError(
-                f"no tokenizer: {self.tokenizer_path} is missing; put T5's SentencePiece model there "
-                "or set encoder.tokenizer = Tokenizer(path)"
-            )
+            raise FileNotFoundError(f"no tokenizer: {self.tokenizer_path} is missing; put T5's SentencePiece model "
+                                    "there or set encoder.tokenizer = Tokenizer(path)")
         input_ids, mask = self.tokenizer(captions)
         mask &= mask.sum(dim=1, keepdim=True) > 1  # a row that holds EOS alone has no text
         device = self.embed.weight.device
@@ -245,10 +241,8 @@ class T5Encoder(nn.Module):
         if encoder.tokenizer_path.is_file():
             encoder.tokenizer = Tokenizer(encoder.tokenizer_path)
             if encoder.tokenizer.vocab_size > encoder.config.vocab_size:
-                raise ValueError(
-                    f"{encoder.tokenizer_path} has {encoder.tokenizer.vocab_size} pieces, "
-                    f"but {weights} has embeddings for {encoder.config.vocab_size} only"
-                )
+                raise ValueError(f"{encoder.tokenizer_path} has {encoder.tokenizer.vocab_size} pieces, "
+                                 f"but {weights} has embeddings for {encoder.config.vocab_size} only")
         return encoder
 
     @classmethod
@@ -269,10 +263,8 @@ class T5Encoder(nn.Module):
             if tensor is None:
                 raise ValueError(f"{source}: tensor {published_name(name)} is missing")
             if tensor.shape != parameter.shape or not tensor.is_floating_point():
-                raise ValueError(
-                    f"{source}: tensor {published_name(name)} is {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"expected floating point {tuple(parameter.shape)}"
-                )
+                raise ValueError(f"{source}: tensor {published_name(name)} is {tensor.dtype} {tuple(tensor.shape)}, "
+                                 f"expected floating point {tuple(parameter.shape)}")
             weights[name] = tensor.float()
         if tensors:
             raise ValueError(f"{source}: tensor {min(tensors)} has no place in {config}")
@@ -392,18 +384,13 @@ def read_state_dict(path):
 def download(name):
     """Fetch the files of a published encoder that are not in torch's hub folder yet; returns their folder."""
     folder = Path(torch.hub.get_dir(), "checkpoints", name.replace("/", "--"))
-    missing = {
-        file: f"https://huggingface.co/{PUBLISHED[name][0]}/resolve/main/{file}"
-        for file in (WEIGHTS_FILE, TOKENIZER_FILE)
-        if not (folder / file).is_file()
-    }
+    missing = {file: f"https://huggingface.co/{PUBLISHED[name][0]}/resolve/main/{file}"
+               for file in (WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / file).is_file()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, url in missing.items():
             torch.hub.download_url_to_file(url, str(folder / file))  # a temporary file, renamed when complete
     except Exception as error:  # what a network can raise is not one type either
-        raise ConnectionError(
-            f"could not download text encoder {name} ({error}); fetch {' and '.join(missing.values())} "
-            f"by hand and put them in {folder}"
-        ) from error
+        raise ConnectionError(f"could not download text encoder {name} ({error}); fetch "
+                              f"{' and '.join(missing.values())} by hand and put them in {folder}") from error
     return folder

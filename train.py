@@ -10,7 +10,6 @@ Deviation: AdamW as in the paper; the released recipe sets its step sizes by D-A
     torchrun --nproc-per-node 4 train.py --data toy --out runs/toy
 """
 
-import argparse
 import csv
 import itertools
 import math
@@ -30,17 +29,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import (
-    add_flags,
-    check_same,
-    fingerprint,
-    from_flags,
-    option,
-    pick_device,
-    run,
-    save_whole,
-    text_encoder_id,
-)
+from cli import Parser, add_flags, check_same, from_flags, identities, option, pick_device, positive, run, save_whole
 from data import load_data
 from encodec_wrap import load_codec
 from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
@@ -187,9 +176,7 @@ def precision(dtype, device):
     """(a function giving the autocast context, whether gradients need scaling) for a --dtype on a device."""
     if dtype == "auto" and device.type == "cuda":
         dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if dtype == "auto":
-        dtype = "fp32"
-    if dtype == "fp32":
+    if dtype in ("auto", "fp32"):
         return nullcontext, False
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     return lambda: torch.autocast(device.type, kind), dtype == "fp16"
@@ -198,20 +185,16 @@ def precision(dtype, device):
 def random_states(generator, device):
     """Every random state that training draws from."""
     states = {"generator": generator.get_state(), "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
     return states
 
 
 def restore_random_states(states, generator, device):
     generator.set_state(states["generator"])
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if "mps" in states and device.type == "mps":
-        torch.mps.set_rng_state(states["mps"])
+    if device.type in states:
+        getattr(torch, device.type).set_rng_state(states[device.type])
 
 
 def write_samples(out, step, captions, device):
@@ -223,16 +206,16 @@ def write_samples(out, step, captions, device):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Train a MAGNeT.")
+    parser = Parser(description="Train a MAGNeT.")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     parser.add_argument("--init-from", help="start from the weights of this run folder, checkpoint file, or toy")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for codes and text embeddings")
-    parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--val-every", type=int, default=500)
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--log-every", type=positive, default=50)
+    parser.add_argument("--val-every", type=positive, default=500)
+    parser.add_argument("--save-every", type=positive, default=500)
     parser.add_argument("--sample-every", type=int, default=2000, help="steps between audio samples; 0: none")
     parser.add_argument("--sample-captions", nargs="+", default=["a slow deep flute plays a rising melody, with drums",
                                                                  "a fast high bell plays an arpeggio, without drums"])
@@ -272,22 +255,17 @@ def draw_step(clips, n_codebooks, config, generator):
 
 def train(args, device, rank, world):
     """One process's part of a run; `world` processes draw the same batches and each takes its slice of them."""
-    for name in ("log_every", "val_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     checkpoint = args.out / "checkpoint.pt"
     config, state = read_config(args, checkpoint)
     if config.batch_size % (world * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
                          f"{world} x {config.accumulate}")
-    say = print if rank == 0 else lambda *_: None
-
     codec = load_codec(config.codec, config.n_codebooks or None, device)
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
-    sources = dict(audio_key=config.audio_key, caption_key=config.caption_key, toy_clips=config.toy_clips)
     if rank > 0:
         dist.barrier()  # the first process fills the cache, the others find it filled
-    clips, valid_clips = load_data(config.data, codec, encoder, config.seconds, args.cache, device=device, **sources)
+    clips, valid_clips = load_data(config.data, codec, encoder, config.seconds, args.cache, config.audio_key,
+                                   config.caption_key, config.toy_clips, device)
     if world > 1 and rank == 0:
         dist.barrier()
 
@@ -306,7 +284,6 @@ def train(args, device, rank, world):
         load_strictly(model, load_model(args.init_from)[0].state_dict(), args.init_from)
     averaged, first = AveragedWeights(model), 0
     judged = MAGNeT(model_config).to(device).eval()  # wears the averaged weights for validation
-    ids = {"codec_id": fingerprint(codec), "text_encoder_id": text_encoder_id(encoder)}
     if state:
         check_same(state, codec, encoder)
         load_strictly(model, state["model"], checkpoint)
@@ -318,8 +295,8 @@ def train(args, device, rank, world):
             first = int(state["step"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{checkpoint}: is damaged and cannot be resumed from ({error!r})") from error
-    say(f"{model}\n{len(clips)} training and {len(valid_clips)} validation clips, on {device} x {world}")
-
+    if rank == 0:
+        print(f"{model}\n{len(clips)} training and {len(valid_clips)} validation clips, on {device} x {world}")
     wrapped = torch.compile(model) if args.compile else model
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, find_unused_parameters=True)  # a step uses one stage's head
@@ -328,9 +305,9 @@ def train(args, device, rank, world):
         if rank == 0:
             save_whole({
                 "config": asdict(config), "model_config": asdict(model_config), "codec": config.codec,
-                "text_encoder": config.text_encoder, **ids, "model": model.state_dict(), "ema": averaged.weights,
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
-                "rng": random_states(generator, device)}, checkpoint)
+                "text_encoder": config.text_encoder, **identities(codec, encoder), "step": step,
+                "model": model.state_dict(), "ema": averaged.weights, "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "rng": random_states(generator, device)}, checkpoint)
 
     stages, chance = range(codec.n_codebooks), math.log(model_config.card)
     columns = ["step", "loss", "lr", "seconds", "chance", *(f"val_{k}_{rate}" for k in stages for rate in MASK_RATES)]
@@ -339,8 +316,8 @@ def train(args, device, rank, world):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))
     losses, start = [], time.time()
-    bar = tqdm(total=config.steps, initial=first, disable=rank > 0, unit="step")
-    for step in range(first, config.steps):
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=rank > 0, unit="step")
+    for step in bar:
         stage, rows, hidden, keep_text = draw_step(clips, len(stages), config, generator)  # alike in every process
         counted = hidden & clips.valid(rows)
         total = max(1, int(counted.sum()))
@@ -369,7 +346,6 @@ def train(args, device, rank, world):
             dist.all_reduce(step_loss)
         losses.append(step_loss.item())
         done = step + 1
-        bar.update()
 
         last = done == config.steps or stop_requested(stopping, world, device)
         row = {}
@@ -391,16 +367,13 @@ def train(args, device, rank, world):
             write_samples(args.out, done, args.sample_captions, device)
         if last:
             break
-    bar.close()
-    say(f"{args.out} is at step {done if first < config.steps else first} of {config.steps}")
 
 
 def stop_requested(stopping, world, device):
     """Whether any process was asked to stop (Ctrl-C or SIGTERM): all stop after the same step."""
-    if world == 1:
-        return bool(stopping)
     flag = torch.tensor(float(bool(stopping)), device=device)
-    dist.all_reduce(flag)
+    if world > 1:
+        dist.all_reduce(flag)
     return bool(flag)
 
 
@@ -413,8 +386,8 @@ def main():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # A day: the other processes wait while the first one encodes the data set.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # long: one process encodes, the others wait
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         train(args, device, rank, world)

@@ -7,7 +7,6 @@ intervals. The Frechet distance is between judge embeddings of the samples and o
     python -m toy.evaluate --model toy --json toy.json
 """
 
-import argparse
 import json
 import math
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import add_flags, check_same, from_flags, pick_device, run
+from cli import Parser, add_flags, check_same, from_flags, pick_device, run
 from data import collect, encode, toy_sources
 from encodec_wrap import load_codec
 from model import load_model
@@ -135,7 +134,7 @@ def print_table(result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="evaluate a toy model")
+    parser = Parser(description="evaluate a toy model")
     parser.add_argument("--model", default="toy", help="toy, the folder of a training run, or a checkpoint file")
     parser.add_argument("--n", type=int, default=300, help="prompts")
     parser.add_argument("--json", type=Path, help="file to write all numbers to")

@@ -3,15 +3,14 @@
     python -m toy.export runs/toy toy/weights/magnet.pt
 """
 
-import argparse
 from pathlib import Path
 
-from cli import run, save_whole
+from cli import Parser, run, save_whole
 from model import read_checkpoint
 
 
 def main():
-    parser = argparse.ArgumentParser(description="export a training run as a small model file")
+    parser = Parser(description="export a training run as a small model file")
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()

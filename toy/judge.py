@@ -8,7 +8,6 @@ hears what a codec made.
     python -m toy.judge --check                     # how well the shipped judge reads fresh clips
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-from cli import run, save_whole
+from cli import Parser, run, save_whole
 from model import load_strictly, read_checkpoint
 from toy.mel import log_mel, mel_spectrogram
 from toy.world import ATTRIBUTES, SAMPLE_RATE, combinations, render
@@ -114,7 +113,7 @@ def train(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="train or check the toy judge")
+    parser = Parser(description="train or check the toy judge")
     parser.add_argument("--out", type=Path, default=Path("runs/judge"))
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=2000)

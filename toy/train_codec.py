@@ -9,7 +9,6 @@ codebooks, sees an encoder that already encodes something.
     python -m toy.train_codec --out runs/codec --minutes 30
 """
 
-import argparse
 import csv
 import os
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm, trange
 
-from cli import run
+from cli import Parser, run
 from encodec_wrap import Codec, CodecConfig
 from toy.mel import log_mel, mel_spectrogram
 from toy.world import SAMPLE_RATE, example
@@ -64,7 +63,7 @@ def revive_dead_codes(quantizer, latents, threshold=0.1):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="train the toy codec")
+    parser = Parser(description="train the toy codec")
     parser.add_argument("--out", type=Path, default=Path("runs/codec"))
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--steps", type=int, default=30_000, help="the learning rate reaches zero here or at --minutes")

@@ -8,7 +8,6 @@ that was never heard. The readers are thrown away.
     python -m toy.train_text --out runs/text
 """
 
-import argparse
 import io
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-from cli import run
+from cli import Parser, run
 from t5_encoder import T5Config, T5Encoder, Tokenizer
 from toy.world import ATTRIBUTES, caption, combinations
 
@@ -53,7 +52,7 @@ def read_attributes(readers, embeddings, mask):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="pretrain the toy text encoder")
+    parser = Parser(description="pretrain the toy text encoder")
     parser.add_argument("--out", type=Path, default=Path("runs/text"))
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -161,6 +161,7 @@ class Log:
         if resumed_step and path.is_file():
             with path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0  # that the run has taken so far
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, columns)
         self.writer.writeheader()
@@ -315,13 +316,12 @@ def train(args, device, rank, world):
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))
-    losses, start = [], time.time()
+    losses, start = [], time.time() - (log.seconds if log else 0)
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=rank > 0, unit="step")
     for step in bar:
         stage, rows, hidden, keep_text = draw_step(clips, len(stages), config, generator)  # alike in every process
         counted = hidden & clips.valid(rows)
         total = max(1, int(counted.sum()))
-
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.zero_grad(set_to_none=True)

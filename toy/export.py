@@ -1,12 +1,29 @@
 """Shrink a training run to the one file that ships: config and averaged weights, in half precision.
 
+The run's log goes beside it, and its validation is printed as a table: cross-entropy per codebook, in nats, mean over
+the mask rates.
+
     python -m toy.export runs/toy toy/weights/magnet.pt
 """
 
+import csv
+import shutil
 from pathlib import Path
 
 from cli import Parser, run, save_whole
 from model import read_checkpoint
+
+
+def print_validation(log):
+    """The validated steps of a log.csv, each codebook's values averaged over the mask rates."""
+    with log.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if any(row[name] for name in row if name.startswith("val_"))]
+    codebooks = sorted({name.split("_")[1] for name in rows[0] if name.startswith("val_")}) if rows else []
+    print("| steps | minutes |" + "".join(f" codebook {int(k) + 1} |" for k in codebooks))
+    for row in rows:
+        values = [[float(row[name]) for name in row if name.startswith(f"val_{k}_")] for k in codebooks]
+        print(f"| {int(row['step']):,} | {float(row['seconds']) / 60:.0f} |"
+              + "".join(f" {sum(v) / len(v):.2f} |" for v in values))
 
 
 def main():
@@ -19,6 +36,10 @@ def main():
     small = {key: content[key] for key in kept}
     small["ema"] = {name: tensor.half() for name, tensor in content["ema"].items()}
     save_whole(small, args.out)
+    log = args.run / "log.csv"
+    if log.is_file():
+        shutil.copyfile(log, args.out.with_suffix(".csv"))
+        print_validation(log)
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, step {content['step']}")
 
 

@@ -46,6 +46,7 @@ def local_attention(q, k, v, context):
 
     q, k, v: (B, H, T, D); gives (B, H, T, D). The frames are cut into blocks; a block's queries see the keys of the
     block and of `context` frames before and after it, which holds the whole window of each of them.
+    Deviation: without xformers the released code loses this mask and attends causally.
     """
     B, H, T, D = q.shape
     block = max(32, context)

@@ -141,6 +141,7 @@ def hide_nonoverlapping(tokens, fixed, n_spans, span_len, scoring):
     """[Sec. 3.3] Hide the `n_spans` least probable of the spans that tile the frames: (B, T) bool.
 
     tokens: (B, T) `token_scores`; fixed: (B, T), True where a token stays. A span whose tokens all stay is not chosen.
+    Deviation: where T is no multiple of `span_len` the last span is shorter; the released code drops those frames.
     """
     scores = span_scores(tokens, span_len, span_len, scoring)  # (B, n)
     is_open = F.pad(~fixed, (0, -fixed.shape[1] % span_len)).unfold(1, span_len, span_len).any(dim=2)

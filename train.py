@@ -312,6 +312,7 @@ def train(args, device, rank, world):
 
     stages, chance = range(codec.n_codebooks), math.log(model_config.card)
     columns = ["step", "loss", "lr", "seconds", "chance", *(f"val_{k}_{rate}" for k in stages for rate in MASK_RATES)]
+    args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / "log.csv", columns, first) if rank == 0 else None
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -388,7 +389,6 @@ def main():
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # long: one process encodes, the others wait
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
         train(args, device, rank, world)
     finally:

@@ -61,6 +61,7 @@ class TrainConfig:
     span_len: int = option(3, "frames per masked span")
     context_ms: float = option(100.0, "how far stages after the first see on each side; negative: everywhere")
     steps: int = option(6000, "optimiser steps")
+    stage_weights: tuple[float, ...] = option((), "how often each codebook is trained; empty: alike, as in the paper")
     batch_size: int = option(16, "clips per step, over all processes")
     accumulate: int = option(1, "split each step's clips into this many parts, to save memory")
     lr: float = option(1e-3, "peak learning rate")
@@ -83,6 +84,8 @@ class TrainConfig:
         for name in ("data", "codec", "text_encoder"):  # local files are found again from any folder
             if getattr(self, name) != "toy" and Path(getattr(self, name)).exists():
                 setattr(self, name, str(Path(getattr(self, name)).resolve()))
+        if self.stage_weights and not 0 <= min(self.stage_weights) <= sum(self.stage_weights) - 1e-9:
+            raise ValueError(f"--stage-weights must be zero or positive and not all zero, not {self.stage_weights}")
         if not math.isfinite(self.context_ms):
             raise ValueError(f"--context-ms must be a number, negative for full context, not {self.context_ms}")
 
@@ -247,7 +250,8 @@ def read_config(args, checkpoint):
 
 def draw_step(clips, n_codebooks, config, generator):
     """[Sec. 3.1] What a step trains on: the stage, the clips' rows (B,), what is hidden (B, T), whose text stays."""
-    stage = int(torch.randint(n_codebooks, (), generator=generator))
+    weights = torch.tensor(config.stage_weights or [1.0] * n_codebooks)
+    stage = int(torch.multinomial(weights, 1, generator=generator))
     rows = torch.randint(len(clips), (config.batch_size,), generator=generator)
     hidden = draw_hidden(config.batch_size, clips.codes.shape[2], config.span_len, generator)
     keep_text = torch.rand(config.batch_size, generator=generator) >= config.condition_dropout
@@ -262,6 +266,8 @@ def train(args, device, rank, world):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
                          f"{world} x {config.accumulate}")
     codec = load_codec(config.codec, config.n_codebooks or None, device)
+    if len(config.stage_weights) not in (0, codec.n_codebooks):
+        raise ValueError(f"--stage-weights must hold one number per codebook, {codec.n_codebooks} in all")
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
     if rank > 0:
         dist.barrier()  # the first process fills the cache, the others find it filled

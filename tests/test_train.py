@@ -359,6 +359,19 @@ def test_train_takes_every_codebook_and_every_clip_in_turn(run_tiny, tmp_path, l
     assert len(seen) > 20
 
 
+def test_stage_weights_say_how_often_each_codebook_is_trained(run_tiny, tmp_path, loss_spy):
+    run_tiny(tmp_path / "run", "--steps 60 --val-every 60 --stage-weights 3 1 0 0")
+    stages = [stage for _, stage, *_ in loss_spy.calls]
+    assert set(stages) == {0, 1} and 35 <= stages.count(0) <= 55
+
+
+@pytest.mark.parametrize("weights, want", [("1 1 1", "one number per codebook, 4"), ("1 -1 1 1", "zero or positive"),
+                                           ("0 0 0 0", "not all zero")])
+def test_train_refuses_stage_weights_that_make_no_sense(run_tiny, tmp_path, weights, want):
+    with pytest.raises(ValueError, match=want):
+        run_tiny(tmp_path / "run", f"--stage-weights {weights}")
+
+
 def test_train_counts_the_hidden_tokens_that_are_not_padding(run_tiny, tmp_path, loss_spy, monkeypatch):
     def short_clips(*args, **kwargs):
         clips, valid = load_data(*args, **kwargs)

@@ -12,6 +12,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from model import load_model
 from sample import SamplingConfig, generate
 from t5_encoder import T5Encoder
 from toy.judge import load_judge
-from toy.world import ATTRIBUTES, SAMPLE_RATE, describe, example
+from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, caption, describe, example
 from train import MASK_RATES, precision, validate
 
 SEED = 7  # of prompts and of the real clips beside them; training uses 0 and 1
@@ -81,39 +82,78 @@ def spread(embeddings, group):
     return torch.stack(distances).mean().item()
 
 
-def evaluate(args, config, device):
-    """All numbers, as one dictionary of plain types."""
-    model, names = load_model(args.model, device)
+def swapped_prompts(n, seed=SEED + 2):
+    """`n` pairs of prompts that differ in the word for one attribute.
+
+    Gives (captions, captions, what the second ones ask for (n, 5), index of the attribute (n,)).
+    """
+    pairs = []
+    for i in range(n):
+        attributes, _, rng = describe(i, "valid", seed)
+        name, grammar = list(ATTRIBUTES)[i % len(ATTRIBUTES)], int(rng.integers(2**31))
+        others = [attributes | {name: value} for value in ATTRIBUTES[name] if value != attributes[name]]
+        others = [row for row in others if (row["instrument"], row["melody"]) not in UNSEEN_PAIRS]
+        rows = attributes, others[rng.integers(len(others))]
+        pairs.append((*(caption(row, np.random.default_rng(grammar)) for row in rows), labels_of(rows[1])))
+    before, after, labels = zip(*pairs, strict=True)
+    return list(before), list(after), torch.stack(labels), torch.arange(n) % len(ATTRIBUTES)
+
+
+def swap_shares(before, after, labels, which):
+    """How swapped prompts were played, from what is read in both clips (n, 5): shares with their intervals."""
+    swapped = torch.nn.functional.one_hot(which, labels.shape[1]).bool()
+    changed = (after == labels)[swapped]  # (n,): the swapped attribute reads as the new word says
+    kept = (after == before) | swapped  # (n, 5)
+    cases = {"the attribute changes as asked": changed, "each other one stays": kept[~swapped].float(),
+             "both, with all others": changed & kept.all(dim=1)}
+    return {name: {"share": x.float().mean().item(), "interval": wilson(x.float().mean().item(), len(labels))}
+            for name, x in cases.items()}
+
+
+def evaluate(name, config, device, n=300, swaps=0, floors=True, seed=0, cache="cache"):
+    """All numbers for the model called `name`, as one dictionary of plain types.
+
+    n: prompts; swaps: pairs of prompts with one word swapped; floors: whether real clips and their codec
+    reconstructions are read as well; seed: of the sampling.
+    """
+    model, names = load_model(name, device)
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
     check_same(names, codec, encoder)
     if codec.sample_rate != SAMPLE_RATE:
-        raise ValueError(f"the judge listens at {SAMPLE_RATE} Hz; {args.model} plays at {codec.sample_rate}")
-    judge, half = load_judge(), args.n // 2
-    result = {"model": args.model, "n_prompts": 2 * half, "sampling": vars(config), "device": str(device)}
+        raise ValueError(f"the judge listens at {SAMPLE_RATE} Hz; {name} plays at {codec.sample_rate}")
+    judge, half = load_judge(), n // 2
+    result = {"model": str(name), "n_prompts": 2 * half, "sampling": vars(config), "device": str(device)}
     result["adherence"] = {}
-    embeddings = {"real": [], "codec": [], "model": []}
+    embeddings = {"real": [], "codec": [], "model": []} if floors else {"model": []}
     seconds = 0.0
-    for name, split in SPLITS.items():
+    for kind, split in SPLITS.items():
         prompts = [describe(i, split, SEED)[:2] for i in range(half)]
         labels = torch.stack([labels_of(attributes) for attributes, _ in prompts])
-        real = torch.stack([torch.from_numpy(example(i, split, SEED, model.config.seconds)[0]) for i in range(half)])
         start = time.perf_counter()
-        made = play(model, codec, encoder, [caption for _, caption in prompts], config, device, args.seed)
+        wavs = {"model": play(model, codec, encoder, [caption for _, caption in prompts], config, device, seed)}
         seconds += time.perf_counter() - start
-        through = in_parts(lambda wav: codec.decode(codec.encode(wav[:, None].to(device)))[:, 0].cpu(), real)
-        for what, wav in (("real", real), ("codec", through), ("model", made)):
-            result["adherence"][f"{what}, {name}"] = adherence(in_parts(judge.read, wav), labels)
-            embeddings[what].append(in_parts(judge.embed, wav))
+        if floors:
+            clips = [example(i, split, SEED, model.config.seconds)[0] for i in range(half)]
+            wavs["real"] = torch.from_numpy(np.stack(clips))
+            wavs["codec"] = in_parts(lambda wav: codec.decode(codec.encode(wav[:, None].to(device)))[:, 0].cpu(),
+                                     wavs["real"])
+        for what in embeddings:
+            result["adherence"][f"{what}, {kind}"] = adherence(in_parts(judge.read, wavs[what]), labels)
+            embeddings[what].append(in_parts(judge.embed, wavs[what]))
     reference = torch.stack([torch.from_numpy(example(i, split, SEED + 1, model.config.seconds)[0])
                              for split in SPLITS.values() for i in range(half)])
     reference = in_parts(judge.embed, reference)
     result["frechet"] = {what: frechet(torch.cat(parts), reference) for what, parts in embeddings.items()}
     captions = [describe(i, "valid", SEED)[1] for i in range(8) for _ in range(4)]
-    repeats = in_parts(judge.embed, play(model, codec, encoder, captions, config, device, args.seed + 1))
+    repeats = in_parts(judge.embed, play(model, codec, encoder, captions, config, device, seed + 1))
     result["diversity"] = {"samples of one prompt": spread(repeats, 4), "real clips": spread(reference[:half], half)}
+    if swaps:
+        *captions, labels, which = swapped_prompts(swaps)
+        read = [judge.read(play(model, codec, encoder, side, config, device, seed + 2)) for side in captions]
+        result["swaps"] = swap_shares(*read, labels, which)
     entries = toy_sources(64, "valid", model.config.seconds)
-    clips = collect(entries, *encode(entries, [], codec, encoder, model.config.seconds, args.cache, device))
+    clips = collect(entries, *encode(entries, [], codec, encoder, model.config.seconds, cache, device))
     losses = validate(model, clips, device, precision("fp32", device)[0])
     result["cross_entropy"] = {f"codebook {k + 1}": sum(losses[k].values()) / len(MASK_RATES) for k in losses}
     result["chance_cross_entropy"] = math.log(model.config.card)
@@ -128,6 +168,8 @@ def print_table(result):
         cells = (f"{s['share']:6.1%} {s['interval'][0]:4.0%}-{s['interval'][1]:.0%}" for s in shares.values())
         print(f"{who:16}" + "".join(f"{cell:>15}" for cell in cells))
     print("chance          " + "".join(f"{1 / len(values):>14.1%} " for values in ATTRIBUTES.values()))
+    for name, case in result.get("swaps", {}).items():
+        print(f"one word swapped: {name:32}{case['share']:6.1%}  {case['interval'][0]:.0%}-{case['interval'][1]:.0%}")
     for name in ("frechet", "diversity", "cross_entropy"):
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in result[name].items()))
     print(f"chance cross-entropy {result['chance_cross_entropy']:.3f}; {result['seconds_per_clip']:.2f} s per clip")
@@ -137,6 +179,7 @@ def main():
     parser = Parser(description="evaluate a toy model")
     parser.add_argument("--model", default="toy", help="toy, the folder of a training run, or a checkpoint file")
     parser.add_argument("--n", type=int, default=300, help="prompts")
+    parser.add_argument("--swaps", type=int, default=100, help="pairs of prompts that differ in one attribute; 0: none")
     parser.add_argument("--json", type=Path, help="file to write all numbers to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -145,7 +188,8 @@ def main():
     args = parser.parse_args()
     if args.n < 4:
         raise ValueError(f"--n must be at least 4, not {args.n}")
-    result = evaluate(args, from_flags(args, SamplingConfig), pick_device(args.device))
+    result = evaluate(args.model, from_flags(args, SamplingConfig), pick_device(args.device), args.n, args.swaps,
+                      seed=args.seed, cache=args.cache)
     print_table(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

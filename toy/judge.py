@@ -1,13 +1,14 @@
 """The judge: a small network that listens to a toy clip and says which instrument, melody, tempo, register and drums it
 hears; its last hidden layer serves as the embedding for a Frechet audio distance.
 
-It is trained on synthesised clips of all attribute combinations, with random loudness, shifts and noise, and never
-hears what a codec made.
+It is trained on synthesised clips of all attribute combinations, with random loudness, shifts, noise and tone,
+and never hears what a codec made.
 
     python -m toy.judge --out runs/judge            # train
-    python -m toy.judge --check                     # how well the shipped judge reads fresh clips
+    python -m toy.judge --check    # how well the shipped judge reads fresh clips, and whether plain measures agree
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from tqdm import trange
 
 from cli import Parser, run, save_whole
 from model import load_strictly, read_checkpoint
+from toy import signals
 from toy.mel import log_mel, mel_spectrogram
 from toy.world import ATTRIBUTES, SAMPLE_RATE, combinations, render
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.pt"
+FLOOR = math.log(1e-2)  # of `log_mel`
 
 
 class Judge(nn.Module):
@@ -40,7 +43,11 @@ class Judge(nn.Module):
 
     def embed(self, wav):
         """Audio (B, S) at 16 kHz -> embeddings (B, E)."""
-        x = log_mel(mel_spectrogram(wav, SAMPLE_RATE))[:, None]  # (B, 1, mels, frames)
+        return self.embed_image(log_mel(mel_spectrogram(wav, SAMPLE_RATE)))
+
+    def embed_image(self, image):
+        """Log-mel spectrograms (B, mels, frames) -> embeddings (B, E)."""
+        x = image[:, None]
         for conv, norm in zip(self.images, self.norms, strict=True):
             x = F.gelu(norm(conv(x)))
         x = F.gelu(self.squeeze(x.flatten(1, 2)))  # (B, 2 W, frames / 8)
@@ -48,15 +55,16 @@ class Judge(nn.Module):
             x = x + F.gelu(conv(x))
         return F.gelu(self.hidden(torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1)))
 
-    def forward(self, wav):
-        """Audio (B, S) -> {attribute: logits (B, values)}."""
-        embedding = self.embed(wav)
+    def forward(self, image):
+        """Log-mel spectrograms (B, mels, frames) -> {attribute: logits (B, values)}."""
+        embedding = self.embed_image(image)
         return {name: reader(embedding) for name, reader in self.readers.items()}
 
     @torch.inference_mode()
     def read(self, wav):
         """Audio (B, S) -> (B, 5) long: the index of the value heard, in the order of `ATTRIBUTES`."""
-        return torch.stack([logits.argmax(dim=1) for logits in self(wav).values()], dim=1)
+        logits = self(log_mel(mel_spectrogram(wav, SAMPLE_RATE)))
+        return torch.stack([x.argmax(dim=1) for x in logits.values()], dim=1)
 
 
 def load_judge(path=WEIGHTS):
@@ -85,10 +93,40 @@ def disturb(wav):
     return wav + torch.randn_like(wav) * 10 ** (-2 - 3 * torch.rand(len(wav), 1))
 
 
+def smudge(image):
+    """Another room and a rough playback: log-mel (B, mels, frames) -> the same with a random tone control and speckle.
+
+    What music is must be heard through how it sounds, or the judge would take a codec's roughness for an instrument.
+    """
+    B, mels, _ = image.shape
+    control = F.interpolate(torch.randn(B, 1, 6), mels, mode="linear", align_corners=True)  # (B, 1, mels)
+    speckle = 0.8 * torch.rand(B, 1, 1) * torch.randn_like(image)
+    return (image + control.transpose(1, 2) + speckle).clamp(min=FLOOR)
+
+
 def accuracy(judge, wav, labels):
     """{attribute: share read right} over clips (n, S) with labels (n, 5)."""
     read = torch.cat([judge.read(part.float()) for part in wav.split(50)])
     return dict(zip(ATTRIBUTES, (read == labels).float().mean(dim=0).tolist(), strict=True))
+
+
+def cross_check(judge, wav, labels):
+    """How often plain signal measures and the judge agree on clips without drums: {attribute: (n, three shares)}.
+
+    The shares: the measure reads what was played, the judge reads it, and both read the same. A bell's partials are no
+    multiples of one pitch, so that its register is not asked of the measure.
+    """
+    names, result = list(ATTRIBUTES), {}
+    for name, measure in signals.READERS.items():
+        rows = labels[:, names.index("drums")] == ATTRIBUTES["drums"].index("off")
+        if name == "register":
+            rows &= labels[:, names.index("instrument")] != ATTRIBUTES["instrument"].index("bell")
+        truth = labels[rows, names.index(name)]
+        heard = torch.cat([judge.read(part.float()) for part in wav[rows].split(50)])[:, names.index(name)]
+        measured = torch.tensor([ATTRIBUTES[name].index(measure(x.float().numpy())) for x in wav[rows]])
+        pairs = (measured, truth), (heard, truth), (measured, heard)
+        result[name] = int(rows.sum()), [(a == b).float().mean().item() for a, b in pairs]
+    return result
 
 
 def train(args):
@@ -100,7 +138,8 @@ def train(args):
     bar = trange(args.steps)
     for _ in bar:
         rows = torch.randint(len(wav), (32,))
-        logits = judge(disturb(wav[rows].float()))
+        image = log_mel(mel_spectrogram(disturb(wav[rows].float()), SAMPLE_RATE))
+        logits = judge(smudge(image))
         loss = sum(F.cross_entropy(x, y) for x, y in zip(logits.values(), labels[rows].T, strict=True))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -120,9 +159,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="do not train, check the shipped weights")
     args = parser.parse_args()
-    path = WEIGHTS if args.check else train(args)
-    for name, share in accuracy(load_judge(path), *draw_clips(500, args.seed + 1)).items():
+    judge = load_judge(WEIGHTS if args.check else train(args))
+    wav, labels = draw_clips(500, args.seed + 1)
+    for name, share in accuracy(judge, wav, labels).items():
         print(f"{name:10} {share:.1%} of 500 fresh clips read right")
+    for name, (n, shares) in cross_check(judge, wav, labels).items():
+        measured, heard, alike = (f"{share:.1%}" for share in shares)
+        print(f"{name:10} of {n} clips without drums: a plain measure {measured}, judge {heard}, the same {alike}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Train the toy world's EnCodec: 16 kHz, 50 frames per second, K = 4 codebooks, on toy music.
+"""Train the toy world's EnCodec: 16 kHz, 50 frames per second, K = 4 codebooks, on toy music or yours.
 
 The losses are EnCodec's without its discriminators: L1 in time, distances between mel spectrograms at several
-resolutions, linear and logarithmic, and the quantizer's commitment loss. The linear one weighs most: it is what makes a
-small network find the notes in minutes. The package's quantizer learns its codebooks by moving averages; entries that
-die are put back on real latents here. Latents flow unquantized for the first steps, so that k-means, which starts the
-codebooks, sees an encoder that already encodes something.
+resolutions, linear and logarithmic, and the quantizer's commitment loss. The first two, taken relative to the target,
+weigh most: they are what makes a small network find the notes in minutes. The package's quantizer learns its codebooks
+by moving averages; entries that die are put back on real latents here. Latents flow unquantized for the first steps, so
+that k-means, which starts the codebooks, sees an encoder that already encodes something.
 
     python -m toy.train_codec --out runs/codec --minutes 30
+    python -m toy.train_codec --data my_music --out runs/my_codec --minutes 120    # any folder of audio files
 """
 
 import csv
@@ -18,24 +19,50 @@ import torch
 from tqdm import tqdm, trange
 
 from cli import Parser, run
-from encodec_wrap import Codec, CodecConfig
+from data import AUDIO_SUFFIXES
+from encodec_wrap import Codec, CodecConfig, load_audio
 from toy.mel import log_mel, mel_spectrogram
-from toy.world import SAMPLE_RATE, example
+from toy.world import FRAME_RATE, SAMPLE_RATE, SECONDS, example
 
 UNQUANTIZED_STEPS = 1500
 
 
+def toy_clips(n):
+    """`n` clips of the toy world: (n, S) float16."""
+    return torch.stack([torch.from_numpy(example(i, "train", seed=1)[0]).half() for i in trange(n, desc="synthesis")])
+
+
+def folder_clips(folder, n, seconds):
+    """At most `n` pieces of `seconds` from the audio files in a folder, in random order: (n, S) float16.
+
+    Raises ValueError if there is no folder or no audio of that length in it.
+    """
+    length, pieces = int(seconds * SAMPLE_RATE), []
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES]
+    for path in tqdm(paths, desc="reading"):
+        try:
+            wav = load_audio(path, SAMPLE_RATE)[0]
+        except ValueError as error:
+            print(f"skipped {path}: {error}")
+            continue
+        pieces.append(wav[:len(wav) // length * length].view(-1, length).half())
+    if not sum(map(len, pieces)):
+        raise ValueError(f"--data {folder}: want a folder of audio files of {seconds:g} seconds or more")
+    clips = torch.cat(pieces)
+    return clips[torch.randperm(len(clips))[:n]]
+
+
 def draw_cuts(clips, n, seconds):
-    """`n` cuts of `seconds` at random places of random clips: (n, S) float32."""
-    samples = int(seconds * SAMPLE_RATE)
+    """`n` cuts of `seconds` from random frames of random clips on: (n, S) float32."""
+    samples, hop = int(seconds * SAMPLE_RATE), SAMPLE_RATE // FRAME_RATE
     rows = torch.randint(len(clips), (n,))
-    starts = torch.randint(clips.shape[1] - samples + 1, (n,))
+    starts = hop * torch.randint((clips.shape[1] - samples) // hop + 1, (n,))
     return torch.stack([clips[row, start:start + samples] for row, start in zip(rows, starts, strict=True)]).float()
 
 
 def reconstruction_losses(wav, target):
-    """(B, S) twice -> L1 in time, relative L1 between mel spectrograms, L1 between log-mel spectrograms."""
-    time_loss = (wav - target).abs().mean()
+    """(B, S) twice -> relative L1 in time and between mel spectrograms, L1 between log-mel spectrograms."""
+    time_loss = (wav - target).abs().mean() / target.abs().mean()
     linear_loss = log_loss = 0.0
     for n_fft in (256, 512, 1024, 2048):
         a, b = (mel_spectrogram(x, SAMPLE_RATE, n_fft, n_fft // 4) for x in (wav, target))
@@ -67,7 +94,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/codec"))
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--steps", type=int, default=30_000, help="the learning rate reaches zero here or at --minutes")
-    parser.add_argument("--clips", type=int, default=3000, help="toy clips to synthesise and cut from")
+    parser.add_argument("--data", default="toy", help="toy, or a folder of audio files")
+    parser.add_argument("--clips", type=int, default=3000, help="4-second clips to synthesise or read, and cut from")
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -92,8 +120,7 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
         torch.manual_seed(args.seed + step)  # other cuts than before
-    numbers = trange(args.clips, desc="synthesis")
-    clips = torch.stack([torch.from_numpy(example(i, "train", seed=1)[0]).half() for i in numbers])
+    clips = toy_clips(args.clips) if args.data == "toy" else folder_clips(Path(args.data), args.clips, SECONDS)
     start, log = time.time() - spent, (args.out / "log.csv").open("a")
     writer, bar = csv.writer(log), tqdm(total=args.steps, initial=step)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
@@ -116,7 +143,7 @@ def main():
                 revive_dead_codes(model.quantizer, latents)
         wav = model.decoder(quantized)[:, 0]
         losses = reconstruction_losses(wav, target)
-        loss = losses[0] + 10 * losses[1] + losses[2] + commit
+        loss = 10 * losses[0] + 10 * losses[1] + losses[2] + commit
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)

@@ -1,14 +1,19 @@
 """The toy world: short synthesised pieces of music, each with a caption that says what can be heard in it.
 
 A clip is drawn from five attributes (instrument, melody shape, tempo, register, drums), a random key and a little
-humanisation (timing, loudness, tuning). Everything is numpy and a function of (seed, split, index) alone, so a data
-set of any size can be made again from three numbers. It leaves out what real music has: harmony, several voices, rooms.
+humanisation (timing, loudness). Everything is numpy and a function of (seed, split, index) alone, so a data set of any
+size can be made again from three numbers. It leaves out what real music has: harmony, several voices, rooms, noise.
+
+The world is tuned to its codec. Notes begin on the codec's frames, pitches are multiples of half its frame rate, and an
+instrument plays a note the same way every time, so a steady note is a steady run of codes. In a first world without
+this most of a code was the phase of a wave, which no caption tells, and small models spent themselves on it.
 
 Listen: python -m toy.world --n 8 --out runs/toy_clips      (WAV files with same-named .txt captions)
 """
 
 import argparse
 import zlib
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +21,7 @@ import numpy as np
 
 SAMPLE_RATE = 16_000
 SECONDS = 4.0
+FRAME_RATE = 50  # of the codec, in Hz
 
 ATTRIBUTES = {
     "instrument": ("flute", "organ", "pluck", "bell", "lead", "chip"),
@@ -35,8 +41,9 @@ STEPS = {  # semitones above the key note, played round and round, one note per 
     "arpeggio": (0, 4, 7, 12, 7, 4),
     "repeated": (0,),
 }
-BPM = {"slow": (68, 80), "medium": (108, 126), "fast": (168, 192)}
-LOWEST_KEY = {"low": 36, "mid": 55, "high": 74}  # MIDI note numbers; the key is one of the twelve from here upwards
+# 68 to 79, 107 to 125, 167 to 188 beats per minute
+BEATS = {"slow": (38, 40, 42, 44), "medium": (24, 26, 28), "fast": (16, 18)}  # frames per beat
+KEYS = {"low": (150, 175, 200), "mid": (350, 375, 400, 425), "high": (850, 900, 950, 1000)}  # Hz
 
 SPLITS = ("train", "valid", "unseen")  # valid: training combinations, other clips; unseen: the held-out pairs
 
@@ -64,8 +71,14 @@ def describe(index, split="train", seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------- instruments
-# Each takes the frequency in Hz, the time axis t in seconds (S,) from the onset on, the note's length in seconds and
-# the random generator, and returns a note (S,) of about unit loudness which may ring on after the note's length.
+# Each takes the frequency in Hz, the time axis t in seconds (S,) from the onset on and the note's length in seconds,
+# and returns a note (S,) of about unit loudness which may ring on after the note's length.
+
+def in_tune(frequency):
+    """The nearest multiple of half the frame rate, so that two frames hold a whole number of periods."""
+    grid = FRAME_RATE / 2
+    return grid * np.round(frequency / grid)
+
 
 def gate(t, length, attack, release):
     """Envelope: linear attack, flat, linear release after `length` seconds."""
@@ -78,19 +91,16 @@ def harmonics(frequency, t, amplitudes):
     return sum(a * np.sin(2 * np.pi * k * frequency * t) for k, a in audible)
 
 
-def flute(frequency, t, length, rng):
-    vibrato = 0.006 * np.sin(2 * np.pi * 5 * t) * np.clip(t / 0.3, 0, 1)
-    tone = harmonics(1.0, frequency * t + frequency * np.cumsum(vibrato) / SAMPLE_RATE, (1, 0.12, 0.05))
-    breath = np.convolve(rng.standard_normal(len(t)), np.ones(4) / 4, mode="same")
-    return (tone + 0.12 * breath) * gate(t, length * 0.92, 0.06, 0.06)
+def flute(frequency, t, length):
+    tremolo = 1 - 0.25 * (1 - np.cos(2 * np.pi * 5 * t)) * np.clip(t / 0.3, 0, 1)
+    return tremolo * harmonics(frequency, t, (1, 0.12, 0.05)) * gate(t, length * 0.92, 0.06, 0.06)
 
 
-def organ(frequency, t, length, rng):
-    tone = harmonics(frequency / 2, t, (0.5, 1, 0.3, 0.7, 0, 0.5, 0, 0.45, 0, 0, 0, 0.3, 0, 0, 0, 0.25))
-    return 0.55 * tone * gate(t, length * 0.97, 0.008, 0.03)
+def organ(frequency, t, length):
+    return 0.55 * harmonics(frequency, t, (1, 0.7, 0.5, 0.5, 0, 0.4, 0, 0.35)) * gate(t, length * 0.97, 0.008, 0.03)
 
 
-def pluck(frequency, t, length, rng):
+def pluck(frequency, t, length):
     """Karplus-Strong: a burst of noise runs round a delay line one period long and is smoothed a little on each round.
 
     The line runs at four times the sample rate, so that a period of whole samples keeps high notes in tune.
@@ -99,7 +109,8 @@ def pluck(frequency, t, length, rng):
     whole = round(oversampling * SAMPLE_RATE / frequency - 0.5)  # the smoothing delays by half a sample
     decay = 0.5 ** (1 / (frequency * 0.5))
     width = whole // 10 + 1
-    burst = np.convolve(rng.uniform(-1, 1, whole + width - 1), np.ones(width) / width, mode="valid")  # a soft finger
+    noise = np.random.default_rng(whole).uniform(-1, 1, whole + width - 1)  # each string has its own sound
+    burst = np.convolve(noise, np.ones(width) / width, mode="valid")  # a soft finger
     line = np.zeros(oversampling * len(t) + whole + 1)
     line[1:whole + 1] = burst - burst.mean()  # the loop would keep a constant for ever, long after the note
     for start in range(whole + 1, len(line), whole):
@@ -109,22 +120,21 @@ def pluck(frequency, t, length, rng):
     return 5 * tone * gate(t, length * 1.5, 0.001, 0.05)
 
 
-def bell(frequency, t, length, rng):
-    index = 3.5 * np.exp(-t / 0.35)
-    tone = np.sin(2 * np.pi * frequency * t + index * np.sin(2 * np.pi * 1.41 * frequency * t))
+def bell(frequency, t, length):
+    index, modulator = 1.5 * np.exp(-t / 0.35), in_tune(1.41 * frequency)
+    tone = np.sin(2 * np.pi * frequency * t + index * np.sin(2 * np.pi * modulator * t))
     return tone * np.exp(-t / 0.45) * gate(t, length * 2.5, 0.002, 0.1)
 
 
-def lead(frequency, t, length, rng):
+def lead(frequency, t, length):
     cutoff = frequency * (2 + 14 * np.exp(-t / 0.12))  # a low-pass that closes after the onset
     tone = 0.0
     for k in range(1, int(min(24, SAMPLE_RATE / 2 / (frequency * 1.01))) + 1):
-        brightness = 1 / (1 + (k * frequency / cutoff) ** 4)
-        tone = tone + brightness / k * sum(np.sin(2 * np.pi * k * frequency * d * t) for d in (0.994, 1.006))
-    return 0.6 * tone * gate(t, length * 0.9, 0.01, 0.05)
+        tone = tone + np.sin(2 * np.pi * k * frequency * t) / k / (1 + (k * frequency / cutoff) ** 4)
+    return 1.2 * tone * gate(t, length * 0.9, 0.01, 0.05)
 
 
-def chip(frequency, t, length, rng):
+def chip(frequency, t, length):
     square = harmonics(frequency, t, [1 / k if k % 2 else 0 for k in range(1, 64)])
     return 0.9 * square * gate(t, length * 0.6, 0.001, 0.002)
 
@@ -134,10 +144,11 @@ INSTRUMENTS = {"flute": flute, "organ": organ, "pluck": pluck, "bell": bell, "le
 
 # ---------------------------------------------------------------------------------------------------------------- music
 
-def drum_hit(kind, rng):
-    """One hit of a drum kit: "kick", "snare" or "hat" -> (S,)."""
+@lru_cache
+def drum_hit(kind):
+    """One hit of a drum machine, the same every time: "kick", "snare" or "hat" -> (S,)."""
     t = np.arange(int(0.25 * SAMPLE_RATE)) / SAMPLE_RATE
-    noise = rng.standard_normal(len(t))
+    noise = np.random.default_rng(0).standard_normal(len(t))
     if kind == "kick":
         return 1.3 * np.sin(2 * np.pi * (50 * t - 6 * np.exp(-t / 0.03))) * np.exp(-t / 0.09)
     if kind == "snare":
@@ -147,28 +158,27 @@ def drum_hit(kind, rng):
 
 def render(attributes, rng, seconds=SECONDS):
     """Play a clip with these attributes: -> (S,) float32 in [-1, 1], S = seconds * 16000."""
-    n = round(seconds * SAMPLE_RATE)
+    n, frame = round(seconds * SAMPLE_RATE), SAMPLE_RATE // FRAME_RATE
     mix = np.zeros(n)
-    beat = 60 / rng.uniform(*BPM[attributes["tempo"]])
-    key = LOWEST_KEY[attributes["register"]] + rng.integers(12) + rng.normal(0, 0.08)
+    beat = rng.choice(BEATS[attributes["tempo"]])  # frames
+    key = rng.choice(KEYS[attributes["register"]])  # Hz
     play, steps = INSTRUMENTS[attributes["instrument"]], STEPS[attributes["melody"]]
+    length = beat / FRAME_RATE
+    t = np.arange(int(2.6 * length * SAMPLE_RATE)) / SAMPLE_RATE
 
     def add(sound, onset, loudness):
-        start = max(0, round((onset + rng.normal(0, 0.006)) * SAMPLE_RATE))
+        late = rng.random() < 0.1
+        start = (onset + late) * frame
         sound = sound[:max(0, n - start)]
-        mix[start:start + len(sound)] += loudness * rng.uniform(0.85, 1.15) * sound
+        mix[start:start + len(sound)] += loudness * rng.uniform(0.9, 1.1) * sound
 
-    first = rng.uniform(0, 0.06)
-    for i in range(int((seconds - first) / beat) + 1):
-        onset = first + i * beat
-        t = np.arange(int(2.6 * beat * SAMPLE_RATE)) / SAMPLE_RATE
-        frequency = 440 * 2 ** ((key + steps[i % len(steps)] - 69) / 12)
-        add(play(frequency, t, beat, rng), onset, 0.5)
+    for i, onset in enumerate(range(rng.integers(4), n // frame + 1, beat)):
+        add(play(in_tune(key * 2 ** (steps[i % len(steps)] / 12)), t, length), onset, 0.5)
         if attributes["drums"] == "on":
-            add(drum_hit("snare" if i % 2 else "kick", rng), onset, 0.55)
-            add(drum_hit("hat", rng), onset, 0.4)
-            add(drum_hit("hat", rng), onset + beat / 2, 0.4)
-    return (mix / max(1e-9, np.abs(mix).max()) * rng.uniform(0.6, 0.9)).astype(np.float32)
+            add(drum_hit("snare" if i % 2 else "kick"), onset, 0.55)
+            add(drum_hit("hat"), onset, 0.4)
+            add(drum_hit("hat"), onset + beat // 2, 0.4)
+    return (mix / max(1e-9, np.abs(mix).max()) * rng.uniform(0.7, 0.9)).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------- captions

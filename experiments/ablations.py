@@ -1,0 +1,149 @@
+"""The paper's ablations at toy scale: every cell is trained, played and judged, and becomes a row of a CSV file.
+
+`spans`     span length x restricted context, each trained from scratch        [Tab. 2]
+`guidance`  constant 1, 3 and 10 against annealing 10 -> 1                      [Sec. 3.3]
+`steps`     decoding steps of the first codebook
+`sampling`  temperature and nucleus
+`order`     nonoverlap against stride1 spans, hidden by max or prod scores
+
+`spans` trains models of its own; the others decode with --model. A cell that the CSV holds is not computed again, and a
+training that was cut goes on, so the same command finishes what was stopped.
+
+    python -m experiments.ablations spans --steps 1500
+    python -m experiments.ablations guidance steps sampling order --model toy
+    python -m experiments.plots                                              # draws what the CSV files hold
+"""
+
+import csv
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from cli import Parser, pick_device, run
+from sample import SamplingConfig
+from toy.evaluate import evaluate
+from toy.world import ATTRIBUTES
+
+RESULTS = Path(__file__).parent / "results"
+SPAN_LENGTHS, CONTEXTS = (1, 2, 3, 5, 10), (100.0, -1.0)  # frames of 20 ms; ms, negative: everywhere
+COLUMNS = ("experiment", "setting", "seed", "overall_seen", "overall_unseen",
+           *(f"{name}_{kind}" for kind in ("seen", "unseen") for name in ATTRIBUTES), "frechet", "diversity",
+           "val_1", "val_2", "val_3", "val_4", "n_prompts", "seconds", "model", "steps", "hardware", "command")
+SAMPLING_CELLS = {
+    "guidance": {f"{a:g} -> {b:g}" if a != b else f"constant {a:g}": {"guidance_start": a, "guidance_end": b}
+                 for a, b in ((1.0, 1.0), (3.0, 3.0), (10.0, 10.0), (3.0, 1.0), (10.0, 1.0))},
+    "steps": {str(n): {"decoding_steps": (n, 10, 10, 10)} for n in (1, 2, 5, 10, 20, 40)},
+    "sampling": {f"T {t:g}, p {p:g}": {"temperature": t, "top_p": p}
+                 for t, p in ((0.0, 0.9), (1.0, 0.9), (3.0, 0.9), (5.0, 0.9), (3.0, 0.5), (3.0, 1.0))},
+    "order": {f"{arrangement}, {scoring}": {"span_arrangement": arrangement, "span_scoring": scoring}
+              for arrangement in ("nonoverlap", "stride1") for scoring in ("max", "prod")},
+}
+
+
+def hardware(device):
+    """What computes, in words."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores, " \
+        f"{platform.machine()}, torch {torch.__version__}"
+
+
+def read_rows(path):
+    """The rows of a CSV file of results; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_row(path, row):
+    """Write a results file anew with one row more, whole or not at all."""
+    rows = [*read_rows(path), {name: f"{value:.4g}" if isinstance(value, float) else value
+                               for name, value in row.items()}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part, path)
+
+
+def is_done(path, cell):
+    """Whether a results file holds a cell: the same experiment, setting, seed, model and number of training steps."""
+    return any(all(row[name] == str(value) for name, value in cell.items()) for row in read_rows(path))
+
+
+def measure(model, config, seed, args):
+    """Play and judge: the measured columns of a row."""
+    start = time.time()
+    result = evaluate(model, config, pick_device(args.device), args.n, floors=False, seed=seed, cache=args.cache)
+    shares = {kind: {name: case["share"] for name, case in result["adherence"][f"model, {kind}"].items()}
+              for kind in ("seen", "unseen")}
+    return {**{f"{name}_{kind}": share for kind in shares for name, share in shares[kind].items()},
+            "frechet": result["frechet"]["model"], "diversity": result["diversity"]["samples of one prompt"],
+            **{f"val_{k}": x for k, x in enumerate(result["cross_entropy"].values(), 1)},
+            "n_prompts": result["n_prompts"], "seconds": time.time() - start}
+
+
+def train_run(out, flags, args):
+    """Train into folder `out`, from its checkpoint if it has one; gives the command."""
+    command = [sys.executable, "train.py", "--out", str(out), "--device", args.device, "--cache", str(args.cache),
+               "--sample-every", "0", "--val-every", str(args.steps), *flags]
+    resumed = ["--resume"] if (out / "checkpoint.pt").is_file() else []
+    subprocess.run([*command, *resumed], cwd=Path(__file__).parents[1], check=True)
+    return shlex.join(["python", *command[1:]])
+
+
+def ablate_spans(args, common):
+    path = RESULTS / "spans.csv"
+    for seed, span_len, context in product(args.seeds, SPAN_LENGTHS, CONTEXTS):
+        cell = {"experiment": "spans", "seed": seed, "steps": args.steps,
+                "setting": f"span {span_len}, context {'restricted' if context >= 0 else 'full'}"}
+        if is_done(path, cell):
+            continue
+        out = args.out / f"span{span_len}-context{context:g}-seed{seed}-steps{args.steps}"
+        flags = ["--span-len", span_len, "--context-ms", context, "--seed", seed, "--steps", args.steps,
+                 *shlex.split(args.train_flags)]
+        command = train_run(out, [str(flag) for flag in flags], args)
+        add_row(path, {**cell, **measure(out, SamplingConfig(), seed, args), **common, "model": out.name,
+                       "command": command})
+
+
+def ablate_sampling(experiment, args, common):
+    path = RESULTS / f"{experiment}.csv"
+    for seed, (setting, changes) in product(args.seeds, SAMPLING_CELLS[experiment].items()):
+        cell = {"experiment": experiment, "setting": setting, "seed": seed, "model": args.model}
+        if not is_done(path, cell):
+            add_row(path, {**cell, **measure(args.model, replace(SamplingConfig(), **changes), seed, args), **common})
+
+
+def main():
+    parser = Parser(description="the paper's ablations at toy scale")
+    parser.add_argument("experiments", nargs="+", choices=("spans", *SAMPLING_CELLS))
+    parser.add_argument("--model", default="toy", help="what all but `spans` decode with")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of each model of `spans`")
+    parser.add_argument("--train-flags", default="", help="more flags for train.py, as one string")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--n", type=int, default=100, help="prompts per cell, half of them unseen pairs")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the trained models")
+    parser.add_argument("--cache", type=Path, default=Path("cache"))
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    common = {"hardware": hardware(pick_device(args.device)),
+              "command": shlex.join(["python", "-m", "experiments.ablations", *sys.argv[1:]])}
+    for experiment in args.experiments:
+        if experiment == "spans":
+            ablate_spans(args, common)
+        else:
+            ablate_sampling(experiment, args, common)
+
+
+if __name__ == "__main__":
+    run(main)

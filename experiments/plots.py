@@ -1,0 +1,65 @@
+"""Draw the CSV files of `experiments.ablations`: one PNG beside each, and a table of it in Markdown on the screen.
+
+    python -m experiments.plots
+"""
+
+from statistics import mean
+
+import matplotlib
+
+from cli import Parser, run
+from experiments.ablations import RESULTS, read_rows
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+
+MEASURES = {"overall_seen": "adherence, seen", "overall_unseen": "adherence, unseen", "frechet": "Frechet distance"}
+
+
+def by_setting(rows):
+    """{setting: {column: values over seeds}}, in the order of the file."""
+    settings = {}
+    for row in rows:
+        columns = settings.setdefault(row["setting"], {})
+        for name in MEASURES:
+            columns.setdefault(name, []).append(float(row[name]))
+    return settings
+
+
+def draw(rows, path):
+    """Bars of the mean over seeds with a dot for each seed, a panel per measure."""
+    settings = by_setting(rows)
+    figure, panels = plt.subplots(1, len(MEASURES), figsize=(11, 0.6 + 0.32 * len(settings)), sharey=True)
+    for panel, (name, title) in zip(panels, MEASURES.items(), strict=True):
+        for y, columns in enumerate(settings.values()):
+            panel.barh(y, mean(columns[name]), color="#7aa6c2")
+            panel.plot(columns[name], [y] * len(columns[name]), "k.", markersize=4)
+        panel.set_title(title, fontsize=9)
+        panel.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(settings)), settings)
+    panels[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def print_table(rows):
+    print(f"\n| {rows[0]['experiment']} | " + " | ".join(MEASURES.values()) + " | seeds |\n|---|" + "---|" * 4)
+    for setting, columns in by_setting(rows).items():
+        cells = [format(mean(columns[name]), ".3g" if name == "frechet" else ".1%") for name in MEASURES]
+        print(f"| {setting} | " + " | ".join(cells) + f" | {len(columns['frechet'])} |")
+
+
+def main():
+    Parser(description="draw the results of the ablations").parse_args()
+    paths = sorted(RESULTS.glob("*.csv"))
+    if not paths:
+        raise ValueError(f"{RESULTS} holds no CSV file: run experiments.ablations first")
+    for path in paths:
+        rows = read_rows(path)
+        draw(rows, path.with_suffix(".png"))
+        print_table(rows)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,86 @@
+"""What the experiments promise: results that are written whole, found again, and drawn as they are."""
+
+import csv
+import sys
+
+import pytest
+
+from experiments import ablations, plots
+from experiments.ablations import COLUMNS, SAMPLING_CELLS, add_row, is_done, read_rows
+from sample import SamplingConfig
+
+CELL = {"experiment": "guidance", "setting": "10 -> 1", "seed": 0, "model": "toy"}
+
+
+def test_a_cell_is_done_once_its_row_is_written_and_no_other_cell_is(tmp_path):
+    path = tmp_path / "results" / "guidance.csv"
+    assert not is_done(path, CELL)
+    add_row(path, {**CELL, "overall_seen": 0.5})
+    assert is_done(path, CELL)
+    for name, other in (("setting", "constant 1"), ("seed", 1), ("model", "runs/mine")):
+        assert not is_done(path, {**CELL, name: other})
+
+
+def test_add_row_keeps_the_rows_before_it(tmp_path):
+    path = tmp_path / "guidance.csv"
+    for seed in range(3):
+        add_row(path, {**CELL, "seed": seed, "frechet": 1 / 3})
+    rows = read_rows(path)
+    assert [row["seed"] for row in rows] == ["0", "1", "2"] and tuple(rows[0]) == COLUMNS
+    assert float(rows[0]["frechet"]) == pytest.approx(1 / 3, rel=1e-3)
+    assert list(tmp_path.iterdir()) == [path], "no half-written file stays"
+
+
+def test_every_sampling_cell_is_a_config_that_differs_from_the_others():
+    for cells in SAMPLING_CELLS.values():
+        configs = [SamplingConfig(**changes) for changes in cells.values()]
+        assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+
+
+def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(model, config, seed, args):
+        measured.append((model, config.guidance_start, config.guidance_end, seed))
+        return {"overall_seen": 0.5, "overall_unseen": 0.25, "frechet": 3.0}
+
+    monkeypatch.setattr(ablations, "measure", measure)
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "guidance", "--model", "toy", "--seeds", "0", "1"])
+    for _ in range(2):
+        ablations.main()
+    assert len(measured) == len(set(measured)) == 2 * len(SAMPLING_CELLS["guidance"])
+    assert ("toy", 10.0, 1.0, 1) in measured and ("toy", 3.0, 3.0, 0) in measured
+
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plots.py"])
+    plots.main()
+    assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_spans_train_once_and_go_on_where_they_were_cut(tmp_path, monkeypatch):
+    commands = []
+
+    def train(command, **_):
+        commands.append(command)
+        if "--resume" not in command:  # cut after its first checkpoint
+            out = tmp_path / "runs" / command[command.index("--out") + 1].split("/")[-1]
+            out.mkdir(parents=True)
+            (out / "checkpoint.pt").touch()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablations, "SPAN_LENGTHS", (3,))
+    monkeypatch.setattr(ablations, "CONTEXTS", (100.0,))
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path)
+    monkeypatch.setattr(ablations.subprocess, "run", train)
+    monkeypatch.setattr(ablations, "measure", lambda *_: {"overall_seen": 0.5})
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "spans", "--seeds", "0", "--out", str(tmp_path / "runs"),
+                                      "--train-flags=--dim 48"])
+    with pytest.raises(KeyboardInterrupt):
+        ablations.main()
+    for _ in range(2):
+        ablations.main()
+    assert len(commands) == 2 and commands[1] == [*commands[0], "--resume"]
+    assert "--span-len 3 --context-ms 100.0" in " ".join(commands[0]) and commands[0][-2:] == ["--dim", "48"]
+    with (tmp_path / "spans.csv").open() as file:
+        assert [row["setting"] for row in csv.DictReader(file)] == ["span 3, context restricted"]

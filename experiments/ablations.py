@@ -80,15 +80,16 @@ def is_done(path, cell):
     return any(all(row[name] == str(value) for name, value in cell.items()) for row in read_rows(path))
 
 
-def measure(model, config, seed, args):
+def measure(model, config, seed, args, losses=False):
     """Play and judge: the measured columns of a row."""
     start = time.time()
-    result = evaluate(model, config, pick_device(args.device), args.n, floors=False, seed=seed, cache=args.cache)
+    result = evaluate(model, config, pick_device(args.device), args.n, floors=False, losses=losses, seed=seed,
+                      cache=args.cache)
     shares = {kind: {name: case["share"] for name, case in result["adherence"][f"model, {kind}"].items()}
               for kind in ("seen", "unseen")}
     return {**{f"{name}_{kind}": share for kind in shares for name, share in shares[kind].items()},
             "frechet": result["frechet"]["model"], "diversity": result["diversity"]["samples of one prompt"],
-            **{f"val_{k}": x for k, x in enumerate(result["cross_entropy"].values(), 1)},
+            **{f"val_{k}": x for k, x in enumerate(result.get("cross_entropy", {}).values(), 1)},
             "n_prompts": result["n_prompts"], "seconds": time.time() - start}
 
 
@@ -112,7 +113,7 @@ def ablate_spans(args, common):
         flags = ["--span-len", span_len, "--context-ms", context, "--seed", seed, "--steps", args.steps,
                  *shlex.split(args.train_flags)]
         command = train_run(out, [str(flag) for flag in flags], args)
-        add_row(path, {**cell, **measure(out, SamplingConfig(), seed, args), **common, "model": out.name,
+        add_row(path, {**cell, **measure(out, SamplingConfig(), seed, args, losses=True), **common, "model": out.name,
                        "command": command})
 
 

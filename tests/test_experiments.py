@@ -73,7 +73,7 @@ def test_spans_train_once_and_go_on_where_they_were_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "CONTEXTS", (100.0,))
     monkeypatch.setattr(ablations, "RESULTS", tmp_path)
     monkeypatch.setattr(ablations.subprocess, "run", train)
-    monkeypatch.setattr(ablations, "measure", lambda *_: {"overall_seen": 0.5})
+    monkeypatch.setattr(ablations, "measure", lambda *_, **__: {"overall_seen": 0.5})
     monkeypatch.setattr(sys, "argv", ["ablations.py", "spans", "--seeds", "0", "--out", str(tmp_path / "runs"),
                                       "--train-flags=--dim 48"])
     with pytest.raises(KeyboardInterrupt):

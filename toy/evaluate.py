@@ -110,11 +110,11 @@ def swap_shares(before, after, labels, which):
             for name, x in cases.items()}
 
 
-def evaluate(name, config, device, n=300, swaps=0, floors=True, seed=0, cache="cache"):
+def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, seed=0, cache="cache"):
     """All numbers for the model called `name`, as one dictionary of plain types.
 
     n: prompts; swaps: pairs of prompts with one word swapped; floors: whether real clips and their codec
-    reconstructions are read as well; seed: of the sampling.
+    reconstructions are read as well; losses: whether to measure the validation cross-entropy; seed: of the sampling.
     """
     model, names = load_model(name, device)
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
@@ -152,10 +152,11 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, seed=0, cache="c
         *captions, labels, which = swapped_prompts(swaps)
         read = [judge.read(play(model, codec, encoder, side, config, device, seed + 2)) for side in captions]
         result["swaps"] = swap_shares(*read, labels, which)
-    entries = toy_sources(64, "valid", model.config.seconds)
-    clips = collect(entries, *encode(entries, [], codec, encoder, model.config.seconds, cache, device))
-    losses = validate(model, clips, device, precision("fp32", device)[0])
-    result["cross_entropy"] = {f"codebook {k + 1}": sum(losses[k].values()) / len(MASK_RATES) for k in losses}
+    if losses:
+        entries = toy_sources(64, "valid", model.config.seconds)
+        clips = collect(entries, *encode(entries, [], codec, encoder, model.config.seconds, cache, device))
+        values = validate(model, clips, device, precision("fp32", device)[0])
+        result["cross_entropy"] = {f"codebook {k + 1}": sum(values[k].values()) / len(MASK_RATES) for k in values}
     result["chance_cross_entropy"] = math.log(model.config.card)
     result["seconds_per_clip"] = seconds / (2 * half)
     return result

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, as `run` prints them."""
@@ -60,6 +62,16 @@ def pick_device(name):
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: no such device") from error
+
+
+def pick_dtype(name, device):
+    """The type to run a network in: "auto" is float32 on a CPU, bfloat16 on CUDA where the GPU has it, else float16."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def fingerprint(module, more=b""):

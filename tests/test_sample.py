@@ -1,4 +1,4 @@
-"""Decoding, from the small functions to `generate`: the claims of sample.py. The command line is tested elsewhere.
+"""Decoding: the claims of decoding.py and sample.py. The command line is tested elsewhere.
 
 `data/magnet_tiny_greedy.pt` holds greedy generations of the released code, which ours must repeat token for token.
 """
@@ -11,17 +11,11 @@ import torch
 import torch.nn.functional as F
 from conftest import DATA
 
+import decoding
 import sample
-from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
-from model import MAGNeT
-from sample import (
-    SamplingConfig,
+from decoding import (
     annealed_temperature,
-    decode_stage,
-    fit_steps,
-    generate,
     guidance_scale,
-    guided_logits,
     hide_nonoverlapping,
     hide_stride1,
     mask_rate,
@@ -30,6 +24,9 @@ from sample import (
     spans_to_hide,
     token_scores,
 )
+from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
+from model import MAGNeT
+from sample import SamplingConfig, decode_stage, fit_steps, generate, guided_logits
 
 GOLDEN = torch.load(DATA / "magnet_tiny_greedy.pt", weights_only=True)
 ARRANGEMENTS = pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
@@ -74,9 +71,10 @@ def steps_of(model, n_frames=50, prompt=None, B=2, seed=0, **fields):
     return seen
 
 
-def test_docstring_examples_of_sample_are_true():
-    result = doctest.testmod(sample)
-    assert result.attempted >= 2 and result.failed == 0
+@pytest.mark.parametrize("module, examples", [(decoding, 2), (sample, 1)])
+def test_docstring_examples_of_decoding_are_true(module, examples):
+    result = doctest.testmod(module)
+    assert result.attempted >= examples and result.failed == 0
 
 
 # --------------------------------------------------------------------------------------------------------- the schedule
@@ -300,7 +298,7 @@ def test_hide_stride1_keeps_away_from_fixed_frames(scoring, generator):
 def test_spans_to_hide_always_hides_something(arrangement, scoring, T, rate, generator):
     config = SamplingConfig(span_arrangement=arrangement, span_scoring=scoring)
     confidence, fixed = torch.rand(4, T, generator=generator), torch.zeros(4, T, dtype=torch.bool)
-    hidden = spans_to_hide(confidence, fixed, rate, T, 3, config)
+    hidden = spans_to_hide(confidence, fixed, rate, fixed[0], 3, config)
     assert hidden.shape == (4, T) and hidden.any(dim=1).all()
 
 
@@ -309,14 +307,15 @@ def test_spans_to_hide_always_hides_something(arrangement, scoring, T, rate, gen
 def test_spans_to_hide_at_rate_1_hides_everything(arrangement, scoring, generator):
     config = SamplingConfig(span_arrangement=arrangement, span_scoring=scoring)
     confidence, fixed = torch.rand(4, 48, generator=generator), torch.zeros(4, 48, dtype=torch.bool)
-    assert spans_to_hide(confidence, fixed, 1.0, 48, 3, config).sum(dim=1).min() >= 48 - 3
+    assert spans_to_hide(confidence, fixed, 1.0, fixed[0], 3, config).sum(dim=1).min() >= 48 - 3
 
 
 @ARRANGEMENTS
 def test_spans_to_hide_finds_the_improbable_half(arrangement, generator):
     confidence = torch.where(torch.arange(60) < 30, 0.1, 0.8) + 0.1 * torch.rand(2, 60, generator=generator)
     config = SamplingConfig(span_arrangement=arrangement)
-    hidden = spans_to_hide(confidence, torch.zeros(2, 60, dtype=torch.bool), 0.5, 60, 3, config)
+    fixed = torch.zeros(2, 60, dtype=torch.bool)
+    hidden = spans_to_hide(confidence, fixed, 0.5, fixed[0], 3, config)
     assert hidden[:, :30].float().mean() > 0.8 and not hidden[:, 33:].any()
 
 

@@ -197,7 +197,10 @@ def read_safetensors(path):
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
+            text = file.read(min(length, size))
+        if len(text) != length:
+            raise ValueError("its header is cut")
+        header = json.loads(text)
         header.pop("__metadata__", None)
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

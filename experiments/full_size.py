@@ -26,7 +26,8 @@ from t5_encoder import PUBLISHED, T5Encoder, Tokenizer
 ROOT = Path(__file__).parent.parent
 SPIECE = ROOT / "tests" / "data" / "t5_spiece.model"
 SIZES = {"small": dict(dim=1024, n_heads=16, n_layers=24), "medium": dict(dim=1536, n_heads=24, n_layers=48)}
-CODEC_32KHZ = CodecConfig(sample_rate=32_000, ratios=(8, 5, 4, 4), codebook_size=2048, dimension=128, n_filters=64, lstm=2)
+CODEC_32KHZ = CodecConfig(
+    sample_rate=32_000, ratios=(8, 5, 4, 4), codebook_size=2048, dimension=128, n_filters=64, lstm=2)
 SETTINGS = """\
 solver: magnet
 sample_rate: {sample_rate}

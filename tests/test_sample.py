@@ -431,6 +431,125 @@ def test_rows_of_a_batch_are_generated_as_if_alone(arrangement, magnet_tiny, gol
         assert generate(magnet_tiny, text[b:b + 1], mask[b:b + 1], 50, config).equal(together[b:b + 1])
 
 
+# --------------------------------------------------------------------------------- gaps, windows and negative prompts
+
+def gap(T, start, end):
+    """Given everywhere but from frame `start` to frame `end`."""
+    return ~((torch.arange(T) >= start) & (torch.arange(T) < end))
+
+
+@ARRANGEMENTS
+@SCHEDULES
+@pytest.mark.parametrize("start, end", [(10, 20), (11, 12), (0, 7), (25, 30), (0, 30), (7, 7)])
+def test_generate_fills_a_gap_and_keeps_everything_around_it(start, end, schedule, arrangement, make_magnet, generator):
+    model = make_magnet()
+    music, given = random_prompt(model, 30), gap(30, start, end)
+    config = SamplingConfig(decoding_steps=STEPS, schedule=schedule, span_arrangement=arrangement)
+    codes = generate(model, *random_text(model), 30, config, music, generator, given=given)
+    assert codes[:, :, given].equal(music[:, :, given])
+    assert codes.max() < model.mask_id
+
+
+@SCHEDULES
+def test_generate_never_sees_what_was_in_the_gap(schedule, make_magnet):
+    model, given = make_magnet(), gap(30, 10, 20)
+    music = random_prompt(model, 30)
+    other = torch.where(given, music, 15 - music)
+    first, second = (generate(model, *random_text(model), 30, SamplingConfig(decoding_steps=STEPS, schedule=schedule),
+                              codes, torch.Generator().manual_seed(0), given=given) for codes in (music, other))
+    assert first.equal(second)
+
+
+def test_generate_fills_a_gap_in_sight_of_both_sides(make_magnet):
+    model, given = make_magnet(), gap(30, 10, 20)
+    config = SamplingConfig(decoding_steps=STEPS, greedy=True)
+    music = random_prompt(model, 30, B=1)
+    for side in (slice(0, 10), slice(20, 30)):
+        other = music.clone()
+        other[:, :, side] = 15 - music[:, :, side]
+        first, second = (generate(model, None, None, 30, config, codes, given=given) for codes in (music, other))
+        assert not first[:, :, ~given].equal(second[:, :, ~given])
+
+
+def test_a_prompt_given_as_a_mask_is_continued_as_one_given_alone(make_magnet):
+    model, prompt = make_magnet(), random_prompt(make_magnet(), 12)
+    config = SamplingConfig(decoding_steps=STEPS)
+    alone, masked = (generate(model, *random_text(model), 30, config, codes, torch.Generator().manual_seed(0), given=given)
+                     for codes, given in ((prompt, None), (F.pad(prompt, (0, 18)), torch.arange(30) < 12)))
+    assert alone.equal(masked)
+
+
+def test_spans_to_hide_counts_the_tiles_that_a_gap_touches():
+    """Frames 2 and 3 lie in two tiles of 3: at rate 1 both are hidden."""
+    given = gap(12, 2, 4)
+    hidden = spans_to_hide(torch.rand(1, 12), given[None], 1.0, given, 3, SamplingConfig())
+    assert hidden[0, :6].all() and not hidden[0, 6:].any()
+
+
+@pytest.mark.parametrize("given", [torch.zeros(9, dtype=torch.bool), torch.ones(10, dtype=torch.bool)])
+def test_generate_refuses_a_mask_that_does_not_fit(given, make_magnet):
+    model = make_magnet()
+    with pytest.raises(ValueError, match="given must be 10 booleans"):
+        generate(model, None, None, 10, audio_prompt=random_prompt(model, 8), given=given)
+
+
+@pytest.mark.parametrize("T, size, overlap, starts", [
+    (10, 10, 4, [0]), (7, 10, 4, [0]), (11, 10, 4, [0, 1]), (22, 10, 4, [0, 6, 12]), (20, 10, 0, [0, 10])])
+def test_windows_cover_the_clip_and_overlap(T, size, overlap, starts):
+    assert windows(torch.zeros(T, dtype=torch.bool), size, overlap) == starts
+
+
+def test_windows_leave_out_what_is_given():
+    assert windows(torch.ones(50, dtype=torch.bool), 10, 4) == []
+    assert windows(torch.arange(50) < 40, 10, 4) == [36, 40]
+    assert windows(gap(50, 20, 24), 10, 4) == [16]
+    assert windows(gap(50, 2, 4) & gap(50, 47, 50), 10, 4) == [0, 40]
+
+
+def test_generate_windows_makes_each_window_continue_the_last(make_magnet):
+    """Its result is that of generating the windows by hand, the end of one being the audio prompt of the next."""
+    model, config = make_magnet(), SamplingConfig(decoding_steps=STEPS)
+    text, generator = random_text(model), torch.Generator().manual_seed(0)
+    first = generate(model, *text, 10, config, generator=generator)
+    second = generate(model, *text, 10, config, first[:, :, 6:], generator)
+    last = generate(model, *text, 10, config, second[:, :, 4:], generator)
+    nothing = torch.zeros(2, 4, 20, dtype=torch.long)
+    codes = generate_windows(model, *text, nothing, torch.zeros(20, dtype=torch.bool), 10, 4, config,
+                             torch.Generator().manual_seed(0))
+    assert codes.equal(torch.cat([first, second[:, :, 4:], last[:, :, 6:]], dim=2)[:, :, :20])
+
+
+def test_generate_windows_of_a_short_clip_is_generate(make_magnet):
+    model, config = make_magnet(), SamplingConfig(decoding_steps=STEPS)
+    nothing = torch.zeros(2, 4, 20, dtype=torch.long)
+    codes = generate_windows(model, *random_text(model), nothing, torch.zeros(20, dtype=torch.bool), 30, 10, config,
+                             torch.Generator().manual_seed(0))
+    assert codes.equal(generate(model, *random_text(model), 20, config, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_negative_prompt_of_nothing_changes_nothing(make_magnet):
+    model, config = make_magnet(), SamplingConfig(decoding_steps=STEPS, greedy=True)
+    text, mask = random_text(model)
+    plain = generate(model, text, mask, 20, config)
+    assert generate(model, text, mask, 20, config, negative=(text[:1], mask[:1] & False)).equal(plain)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_null_condition(make_magnet):
+    """The guided logits are those of the prompt, away from those of the negative prompt; it may be longer or shorter."""
+    model, seen = make_magnet(), random_prompt(make_magnet(), 9)
+    text, mask = random_text(model)
+    for N in (2, 3, 5):
+        negative = random_text(model, B=1, N=N, seed=1)
+        prepared = model.prepare_text(*sample.with_null_condition(text, mask, negative))
+        wide = max(N, 3)
+        cond = model(seen, 1, F.pad(text, (0, 0, 0, wide - 3)), F.pad(mask, (0, wide - 3)))
+        away = model(seen, 1, F.pad(negative[0], (0, 0, 0, wide - N)).expand(2, -1, -1),
+                     F.pad(negative[1], (0, wide - N)).expand(2, -1))
+        guided = guided_logits(model, seen, 1, prepared, 3.0)
+        torch.testing.assert_close(guided, away + 3 * (cond - away), atol=1e-4, rtol=0)
+        torch.testing.assert_close(guided_logits(model, seen, 1, prepared, 0), away, atol=1e-4, rtol=0)
+
+
 # -------------------------------------------------------------------------------------------------- what a step may do
 
 def test_on_step_sees_every_step_of_every_stage(make_magnet):

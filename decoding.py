@@ -1,16 +1,64 @@
-"""The small functions of decoding, one per idea: schedules, the nucleus, and which spans to hide again [Sec. 3.3].
+"""How to decode, and its small functions: schedules, the nucleus, and which spans to hide again [Sec. 3.3].
 
 Pure functions on numbers and tensors, no model; `sample.py` strings them together. The spans hidden again are the least
 probable, either of those that tile the frames, as in the paper, or of all there are, as the released code offers too.
 """
 
+import math
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 
+from cli import option
 from masking import cosine_schedule
 
+PAPER_STEPS = (20, 10, 10, 10)  # for K codebooks: 20, and 10 for each later one
 FIXED = -1e4  # added to a span's score for what must stay as it is; far below any score that a probability gives
 NEUTRAL = {"max": 1.0, "prod": 0.0}  # the score of a token that has no say in its span
+
+
+@dataclass
+class SamplingConfig:
+    """How to decode; the defaults are the paper's."""
+
+    decoding_steps: tuple[int, ...] = option(PAPER_STEPS, "steps for each codebook")
+    temperature: float = option(3.0, "softmax temperature, annealed linearly to zero")
+    top_p: float = option(0.9, "nucleus: the most probable tokens that hold this much probability; 1 keeps all")
+    top_k: int = option(0, "keep only the k most probable tokens; 0 keeps all")
+    guidance_start: float = option(10.0, "classifier-free guidance when all is hidden")
+    guidance_end: float = option(1.0, "classifier-free guidance when nothing is hidden")
+    span_arrangement: str = option("nonoverlap", "where spans may lie", ("nonoverlap", "stride1"))
+    span_scoring: str = option("max", "a span's probability: of its best token, or the product", ("max", "prod"))
+    schedule: str = option("paper", "mask rates as in the paper or as in the released code", ("paper", "released"))
+    greedy: bool = option(False, "take the most probable token instead of sampling")
+
+    def __post_init__(self):
+        if not self.decoding_steps or min(self.decoding_steps) < 1:
+            raise ValueError(f"decoding_steps must be positive, one for each codebook, not {self.decoding_steps}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (keep all) or positive, not {self.top_k}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be zero or positive, not {self.temperature}")
+        if not (math.isfinite(self.guidance_start) and math.isfinite(self.guidance_end)):
+            raise ValueError(f"guidance must be finite, not {self.guidance_start} -> {self.guidance_end}")
+        if self.span_arrangement not in ("nonoverlap", "stride1"):
+            raise ValueError(f"span_arrangement must be nonoverlap or stride1, not {self.span_arrangement!r}")
+        if self.span_scoring not in ("max", "prod"):
+            raise ValueError(f"span_scoring must be max or prod, not {self.span_scoring!r}")
+        if self.schedule not in ("paper", "released"):
+            raise ValueError(f"schedule must be paper or released, not {self.schedule!r}")
+
+
+def fit_steps(config, n_codebooks):
+    """The config with one number of decoding steps per codebook; the default fits any K, else ValueError."""
+    if config.decoding_steps == PAPER_STEPS:
+        return replace(config, decoding_steps=(20,) + (10,) * (n_codebooks - 1))
+    if len(config.decoding_steps) != n_codebooks:
+        raise ValueError(f"decoding_steps must hold {n_codebooks} numbers, one per codebook: {config.decoding_steps}")
+    return config
 
 
 def mask_rate(step, steps, schedule="paper"):

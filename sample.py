@@ -11,56 +11,28 @@ the command line is at the end. Left out here: rescoring and hybrid decoding.
 
 import math
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import DTYPES, Parser, add_flags, check_same, from_flags, option, pick_device, pick_dtype, run
-from decoding import annealed_temperature, guidance_scale, mask_rate, nucleus, spans_to_hide
+from cli import DTYPES, Parser, add_flags, check_same, from_flags, pick_device, pick_dtype, run
+from decoding import (
+    SamplingConfig,
+    annealed_temperature,
+    fit_steps,
+    guidance_scale,
+    mask_rate,
+    nucleus,
+    spans_to_hide,
+)
 from encodec_wrap import check_audio_path, load_audio, load_codec, save_audio
 from masking import hide_codes
 from model import load_model
 from t5_encoder import T5Encoder
 
-PAPER_STEPS = (20, 10, 10, 10)  # for K codebooks: 20, and 10 for each later one
 BATCH = 16  # clips that are decoded together
-
-
-@dataclass
-class SamplingConfig:
-    """How to decode; the defaults are the paper's."""
-
-    decoding_steps: tuple[int, ...] = option(PAPER_STEPS, "steps for each codebook")
-    temperature: float = option(3.0, "softmax temperature, annealed linearly to zero")
-    top_p: float = option(0.9, "nucleus: the most probable tokens that hold this much probability; 1 keeps all")
-    top_k: int = option(0, "keep only the k most probable tokens; 0 keeps all")
-    guidance_start: float = option(10.0, "classifier-free guidance when all is hidden")
-    guidance_end: float = option(1.0, "classifier-free guidance when nothing is hidden")
-    span_arrangement: str = option("nonoverlap", "where spans may lie", ("nonoverlap", "stride1"))
-    span_scoring: str = option("max", "a span's probability: of its best token, or the product", ("max", "prod"))
-    schedule: str = option("paper", "mask rates as in the paper or as in the released code", ("paper", "released"))
-    greedy: bool = option(False, "take the most probable token instead of sampling")
-
-    def __post_init__(self):
-        if not self.decoding_steps or min(self.decoding_steps) < 1:
-            raise ValueError(f"decoding_steps must be positive, one for each codebook, not {self.decoding_steps}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (keep all) or positive, not {self.top_k}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be zero or positive, not {self.temperature}")
-        if not (math.isfinite(self.guidance_start) and math.isfinite(self.guidance_end)):
-            raise ValueError(f"guidance must be finite, not {self.guidance_start} -> {self.guidance_end}")
-        if self.span_arrangement not in ("nonoverlap", "stride1"):
-            raise ValueError(f"span_arrangement must be nonoverlap or stride1, not {self.span_arrangement!r}")
-        if self.span_scoring not in ("max", "prod"):
-            raise ValueError(f"span_scoring must be max or prod, not {self.span_scoring!r}")
-        if self.schedule not in ("paper", "released"):
-            raise ValueError(f"schedule must be paper or released, not {self.schedule!r}")
 
 
 def guided_logits(model, seen, stage, prepared, scale):
@@ -112,15 +84,6 @@ def decode_stage(model, codes, stage, given, prepared, config, generator=None, o
         if on_step is not None:
             on_step(stage=stage, step=step, codes=codes.clone(), hidden=hidden, confidence=confidence)
     return codes[:, stage]
-
-
-def fit_steps(config, n_codebooks):
-    """The config with one number of decoding steps per codebook; the default fits any K, else ValueError."""
-    if config.decoding_steps == PAPER_STEPS:
-        return replace(config, decoding_steps=(20,) + (10,) * (n_codebooks - 1))
-    if len(config.decoding_steps) != n_codebooks:
-        raise ValueError(f"decoding_steps must hold {n_codebooks} numbers, one per codebook: {config.decoding_steps}")
-    return config
 
 
 def with_null_condition(text, text_mask, negative=None):
@@ -193,6 +156,7 @@ def windows(given, size, overlap):
     return starts
 
 
+@torch.inference_mode()
 def generate_windows(model, text, text_mask, codes, given, size, overlap, config=None, generator=None, on_step=None,
                      negative=None):
     """Fill in the frames of `codes` (B, K, T) that are not `given` (T,), in windows as long as the training clips.
@@ -280,8 +244,9 @@ def read_given(args, codec, seconds, device):
         length = wav.shape[1] / codec.sample_rate
         if not 0 <= args.gap_start < args.gap_end <= length + 0.005:
             raise ValueError(f"want --from before --to within the {length:g} s of {source}")
-        time = torch.arange(known.shape[2], device=device) / codec.frame_rate
-        return known, (time + 1 / codec.frame_rate <= args.gap_start) | (time >= args.gap_end), wav.shape[1]
+        first, end = args.gap_start * codec.frame_rate, args.gap_end * codec.frame_rate
+        frame = torch.arange(known.shape[2], device=device)
+        return known, (frame < math.floor(first + 1e-6)) | (frame >= math.ceil(end - 1e-6)), wav.shape[1]
     samples = max(1, round(seconds * codec.sample_rate))
     n_frames, P = math.ceil(samples / codec.hop_length), known.shape[2]
     if P >= n_frames:
@@ -324,7 +289,7 @@ def main():
     generator = torch.Generator(device).manual_seed(args.seed)
     start = time.perf_counter()
     batches = encode_prompts(encoder, prompts, args.negative_prompt)
-    del encoder  # T5 is as large as a small MAGNeT
+    del encoder  # its memory is wanted: T5 has done its part
     n_steps = sum(config.decoding_steps) * len(windows(given, size, overlap)) * len(batches)
     written = iter(paths)
     with tqdm(total=n_steps, unit="step") as bar:

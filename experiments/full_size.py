@@ -113,9 +113,10 @@ def main():
                     "--out", args.folder / "out.wav", "--dtype", args.dtype, "--device", "cpu",
                     "--decoding-steps", *map(str, args.steps)], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"peak memory {peak / 2**30:.2f} GiB, {time.perf_counter() - start:.0f} s from start to end, "
-          f"{args.threads} threads, torch {torch.__version__}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"peak memory {peak / 2**30:.2f} GiB, {time.perf_counter() - start:.0f} s from start to end, of which "
+          f"{used.ru_utime + used.ru_stime:.0f} CPU seconds on {args.threads} threads, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,12 @@ def test_load_codec_gives_the_24khz_model_with_as_many_codebooks_as_asked(offlin
         load_codec("encodec_24khz", 33)
 
 
+def test_load_codec_offline_names_the_24khz_file_and_its_folder(offline, monkeypatch):
+    monkeypatch.setattr(encodec_wrap.encodec.model, "ROOT_URL", "http://127.0.0.1:9/")
+    with pytest.raises(ConnectionError, match=f"encodec_24khz-d7cc33bc.th into {offline}"):
+        load_codec("encodec_24khz")
+
+
 class RunsCode:
     def __reduce__(self):
         return os.mkdir, ("pickle-ran-code",)

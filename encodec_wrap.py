@@ -2,12 +2,16 @@
 
 A codec turns audio into K parallel streams of discrete codes and back. The network is the `encodec` package's own
 (SEANet encoder and decoder around a residual vector quantizer); this module only gives it one plain interface and
-knows where weights come from: the package's public 24 kHz model, or any EnCodec whose settings and weights lie in one
-file, such as the toy world's. It leaves out what MAGNeT has no use for: bandwidths, loudness scaling, streaming.
+reads weights: the package's public 24 kHz model, the codecs of the published MAGNeT models (32 kHz in the layout of
+Hugging Face, 16 kHz in AudioCraft's), and our own, such as the toy world's. It leaves out what MAGNeT has no use for:
+bandwidths, loudness scaling, streaming.
 """
 
+import http.client
 import importlib
+import json
 import os
+import re
 import sys
 import types
 import warnings
@@ -19,6 +23,8 @@ import soundfile
 import soxr
 import torch
 from torch import nn
+
+import hub
 
 
 def import_encodec():
@@ -59,6 +65,7 @@ class CodecConfig:
     lstm: int = 0
     causal: bool = False
     true_skip: bool = True
+    pad_mode: str = "reflect"
 
 
 class Codec(nn.Module):
@@ -66,6 +73,8 @@ class Codec(nn.Module):
 
     `sample_rate` in Hz, `frame_rate` in frames per second, `n_codebooks` (K) and `codebook_size` entries in each.
     """
+
+    config = None  # a `CodecConfig`, but for the package's own 24 kHz model
 
     def __init__(self, model, n_codebooks=None):
         super().__init__()
@@ -83,7 +92,7 @@ class Codec(nn.Module):
     def from_config(cls, config):
         """A codec of the given `CodecConfig` with random weights."""
         shape = dict(channels=1, dimension=config.dimension, n_filters=config.n_filters, ratios=list(config.ratios),
-                     causal=config.causal, true_skip=config.true_skip, lstm=config.lstm)
+                     causal=config.causal, true_skip=config.true_skip, lstm=config.lstm, pad_mode=config.pad_mode)
         quantizer = encodec.model.qt.ResidualVectorQuantizer(
             dimension=config.dimension, n_q=config.n_codebooks, bins=config.codebook_size)
         codec = cls(encodec.EncodecModel(
@@ -118,38 +127,156 @@ class Codec(nn.Module):
         os.replace(temporary, path)
 
 
+# ------------------------------------------------------------------------------------------------------------- weights
+
 def load_codec(name_or_path, n_codebooks=None, device="cpu"):
-    """Load a codec by name ("toy", "encodec_24khz") or from a file written by `Codec.save`.
+    """Load a codec: "toy", "encodec_24khz", "facebook/encodec_32khz", or a local one.
 
-    `n_codebooks` keeps only the first K codebooks (the 24 kHz model has up to 32; 4 by default). Raises ValueError for
-    an unknown name and a file that is not a codec; the 24 kHz weights are downloaded once, to torch's hub cache.
+    A local codec is a file written by `Codec.save`, a folder in the layout of Hugging Face (or its weights alone), or
+    AudioCraft's compression_state_dict.bin (or its folder). `n_codebooks` keeps only the first K codebooks (the 24 kHz
+    model has up to 32; 4 by default). Public weights are downloaded once. Raises ValueError for an unknown name and a
+    file that is not a codec, ConnectionError where a download failed.
     """
-    if name_or_path == "encodec_24khz":
-        try:
-            model = encodec.EncodecModel.encodec_model_24khz()
-        except Exception as error:  # neither the network nor a damaged file has one type
-            url = f"{encodec.model.ROOT_URL}encodec_24khz-d7cc33bc.th"
-            folder = Path(torch.hub.get_dir(), "checkpoints")
-            raise ValueError(f"could not load {url} from {folder} or download it ({error}); delete the file there "
-                             "if it is damaged, fetch it by hand without a network") from error
-        return Codec(model, n_codebooks or 4).to(device).eval().requires_grad_(False)
     path = TOY_CODEC if name_or_path == "toy" else Path(name_or_path)
-    if not path.is_file():
-        raise ValueError(f"unknown codec {str(name_or_path)!r}: want toy, encodec_24khz or the file of a trained codec")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = CodecConfig(**content["codec"]), content["weights"]
-        whole = Codec.from_config(config)
-    except Exception as error:  # torch.load has no one type for "not such a file"
-        raise ValueError(f"{path} is not a codec file (want one written by toy/train_codec.py)") from error
-    try:
-        whole.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except (RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: weights do not fit their settings: {str(error).splitlines()[-1].strip()}") from error
-    codec = Codec(whole.model, n_codebooks)
-    codec.config = config
-    return codec.to(device).eval().requires_grad_(False)
+    if name_or_path == "encodec_24khz":
+        codec, n_codebooks = read_24khz(), n_codebooks or 4
+    elif not path.exists() and str(name_or_path) == hub.CODEC:
+        hub.fetch({hub.CODEC: hub.CODEC_FILES})
+        codec = read_codec(hub.cache_folder(hub.CODEC))
+    else:
+        codec = read_codec(path)
+    kept = Codec(codec.model, n_codebooks)
+    kept.config = codec.config
+    return kept.to(device).eval().requires_grad_(False)
 
+
+def read_24khz():
+    """The public 24 kHz model, from torch's hub folder or the network."""
+    name = "encodec_24khz-d7cc33bc.th"  # with the beginning of its sha256
+    url, path = encodec.model.ROOT_URL + name, Path(torch.hub.get_dir(), "checkpoints", name)
+    try:
+        if not path.is_file():
+            hub.download(url, path, sha256="d7cc33bc")
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(
+            f"download failed ({error}); try again, or fetch by hand {url} into {path.parent}") from error
+    codec = Codec(encodec.EncodecModel.encodec_model_24khz(pretrained=False))
+    fill(codec, hub.read_state_dict(path), path)
+    return codec
+
+
+def read_codec(path):
+    """The codec in a local file or folder, of any of the layouts that `load_codec` names."""
+    pointer = path / hub.MODEL_FILES[1]
+    path = path if not path.is_dir() else pointer if pointer.is_file() else hub.weights_file(path)
+    if not path.is_file():
+        raise ValueError(f"unknown codec {str(path)!r}: want toy, encodec_24khz, {hub.CODEC}, or a codec's file or "
+                         f"folder (with {' or '.join(hub.WEIGHTS)})")
+    if path.suffix == ".safetensors":
+        return read_hugging_face(hub.read_safetensors(path), path)
+    try:
+        content = hub.read_torch(path)
+    except Exception as error:  # torch.load has no one type for "not such a file"
+        raise ValueError(f"{path} is not a codec file: it is damaged or something else") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a codec file: it holds a {type(content).__name__}")
+    if "pretrained" in content:
+        return read_pointed(content["pretrained"], path)
+    read = read_audiocraft if "best_state" in content else read_own if "codec" in content else read_hugging_face
+    return read(content, path)
+
+
+def read_pointed(name, path):
+    """The codec of another repository, which AudioCraft's music models name in place of one of their own."""
+    if name != hub.CODEC:
+        raise ValueError(f"{path} points to the codec {name!r}; only {hub.CODEC} is known")
+    found = Path(hub.beside(path.parent, hub.CODEC))
+    return read_codec(hub.weights_file(found)) if found.is_dir() else load_codec(hub.CODEC)
+
+
+def fill(codec, state, path):
+    """Copy weights into a codec, strictly; weight norm may have the spelling of newer versions of torch."""
+    state = hub.check_tensors(state, path)
+    hub.load_strictly(codec.model, {old_spelling(name): tensor for name, tensor in state.items()}, path)
+
+
+def old_spelling(name):
+    """conv.parametrizations.weight.original0 -> conv.weight_g, original1 -> weight_v; other names stay."""
+    return name.replace("parametrizations.weight.original0", "weight_g").replace(
+        "parametrizations.weight.original1", "weight_v")
+
+
+def new_codec(path, settings):
+    """A codec of random weights with the shape `settings` describe: a function that gives `CodecConfig`'s fields."""
+    try:
+        return Codec.from_config(CodecConfig(**settings()))
+    except Exception as error:  # settings can be wrong in many ways
+        raise ValueError(f"{path} does not hold the settings of a codec ({type(error).__name__}: {error})") from error
+
+
+def read_own(content, path):
+    """A codec written by `Codec.save`."""
+    codec = new_codec(path, lambda: content["codec"])
+    fill(codec, content.get("weights"), path)
+    return codec
+
+
+def read_audiocraft(content, path):
+    """A codec in AudioCraft's layout: the tensors are named as in the `encodec` package, the settings are YAML."""
+    def settings():
+        yaml = hub.read_yaml(content["xp.cfg"])
+        if yaml.get("encodec.renormalize", "false") != "false":
+            raise ValueError("renormalize must be false")
+        return dict(
+            sample_rate=int(yaml["sample_rate"]), ratios=tuple(map(int, re.findall(r"\d+", yaml["seanet.ratios"]))),
+            n_codebooks=int(yaml["rvq.n_q"]), codebook_size=int(yaml["rvq.bins"]),
+            dimension=int(yaml["seanet.dimension"]), n_filters=int(yaml["seanet.n_filters"]),
+            lstm=int(yaml["seanet.lstm"]), causal=yaml["seanet.causal"] == "true",
+            true_skip=yaml["seanet.true_skip"] == "true", pad_mode=yaml["seanet.pad_mode"])
+
+    codec = new_codec(path, settings)
+    fill(codec, content["best_state"], path)
+    return codec
+
+
+HUGGING_FACE_NAMES = (  # the encodec package's name -> that of Hugging Face
+    ("coder.model.", "coder.layers."), (".convtr.convtr.", ".conv."), (".conv.conv.", ".conv."),
+    ("quantizer.vq.layers.", "quantizer.layers."), ("._codebook.", ".codebook."),
+)
+
+
+def read_hugging_face(tensors, path):
+    """A codec in the layout of Hugging Face; without a config.json beside it, one built like facebook/encodec_32khz."""
+    def settings():
+        config, path_of_config = {}, path.with_name("config.json")
+        if path_of_config.is_file():
+            config = json.loads(path_of_config.read_text(encoding="utf-8"))
+        if config.get("normalize"):
+            raise ValueError("normalize must be false")
+        codebook, layers = tensors["quantizer.layers.0.codebook.embed"], "quantizer.layers."
+        return dict(
+            sample_rate=config.get("sampling_rate", 32_000),
+            ratios=tuple(config.get("upsampling_ratios", (8, 5, 4, 4))),
+            n_codebooks=len({name.split(".")[2] for name in tensors if name.startswith(layers)}),
+            codebook_size=len(codebook), dimension=codebook.shape[1],
+            n_filters=len(tensors["encoder.layers.0.conv.bias"]), lstm=config.get("num_lstm_layers", 2),
+            causal=config.get("use_causal_conv", False), true_skip=not config.get("use_conv_shortcut", False),
+            pad_mode=config.get("pad_mode", "reflect"))
+
+    codec = new_codec(path, settings)
+    ours = {hugging_face_name(name): name for name in codec.model.state_dict()}
+    fill(codec, {ours.get(old_spelling(name), name): tensor for name, tensor in tensors.items()}, path)
+    return codec
+
+
+def hugging_face_name(name):
+    """encoder.model.0.conv.conv.bias -> encoder.layers.0.conv.bias, and so on."""
+    for mine, theirs in HUGGING_FACE_NAMES:
+        name = name.replace(mine, theirs)
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------- audio files
 
 def load_audio(path, sample_rate):
     """Read an audio file of any rate and channel count -> (1, S) float32 tensor, mono, at `sample_rate` Hz.

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hub
+from hub import load_strictly
 from masking import restricted_attention_mask
 
 
@@ -207,75 +209,93 @@ class MAGNeT(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- weights
 
 TOY_MODEL = Path(__file__).parent / "toy" / "weights" / "magnet.pt"
+MUSIC_SAMPLING = {"schedule": "released"}  # what differs from `sample.SamplingConfig` for published models
+SOUND_SAMPLING = MUSIC_SAMPLING | {"temperature": 3.5, "top_p": 0.8, "guidance_start": 20.0, "guidance_end": 1.0}
 
 
-def read_checkpoint(path, keys):
-    """A dictionary written by torch.save, read without running code in it; ValueError names a file that is not one."""
+def read_checkpoint(path, keys=(), mmap=False):
+    """A dictionary written by torch.save, read without running code in it; ValueError names a file that is not one.
+
+    mmap: leave the tensors in the file until they are used.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = hub.read_torch(path, mmap)
     except Exception as error:  # torch.load has no one type for "not a checkpoint"
         raise ValueError(f"{path}: cannot be read as a checkpoint; it is damaged or something else") from error
+    return with_keys(content, keys, path)
+
+
+def with_keys(content, keys, path):
+    """`content`, if it is a dictionary with these keys; else a ValueError that says what the file lacks."""
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(f"{path}: is not such a checkpoint (it lacks {', '.join(missing)})")
     return content
 
 
-def load_strictly(model, state, path):
-    """Copy `state` into `model`; a missing, unexpected or misshapen tensor is a ValueError naming it and the file."""
-    wanted = model.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path}: its weights are not tensors by name")
-    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    for problem, names in (("is missing", missing), ("is unexpected", unexpected)):
-        if names:
-            raise ValueError(f"{path}: tensor {min(names)} {problem} ({len(names)} such)")
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, want {tuple(wanted[name].shape)}")
-    model.load_state_dict(state)
+def load_model(name_or_path, device="cpu", dtype=torch.float32):
+    """Load a model: "toy", a training run, a checkpoint file, or a published one by hub name, local folder or file.
 
-
-def load_model(name_or_path, device="cpu"):
-    """Load a trained model: "toy", the folder of a training run, or a checkpoint file.
-
-    Gives (MAGNeT in eval mode with the averaged weights, {"codec": name, "text_encoder": name}), and beside the names
-    what `cli.check_same` compares. Raises ValueError naming the file for an unknown model and for a damaged or foreign
-    checkpoint.
+    Gives (MAGNeT in eval mode, of type `dtype`, {"codec": name, "text_encoder": name}), and beside the names what
+    `cli.check_same` compares, or for a published model the "sampling" that it wants. A training run gives its averaged
+    weights. Raises ValueError naming the file for an unknown model and for a damaged or foreign checkpoint,
+    ConnectionError where a download failed.
     """
     path = TOY_MODEL if name_or_path == "toy" else Path(name_or_path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists() and str(name_or_path) in hub.MODELS:
+        path = fetch_published(str(name_or_path))
+    if path.is_dir():
+        path = path / (hub.MODEL_FILES[0] if (path / hub.MODEL_FILES[0]).is_file() else "checkpoint.pt")
     if not path.is_file():
-        raise ValueError(f"unknown model {str(name_or_path)!r}: want toy, a training run's folder or a checkpoint file")
-    content = read_checkpoint(path, ("model_config", "ema", "codec", "text_encoder", "codec_id", "text_encoder_id"))
+        raise ValueError(f"unknown model {str(name_or_path)!r}: want toy, a training run's folder or a checkpoint "
+                         f"file, a published state_dict.bin or its folder, or one of {', '.join(hub.MODELS)}")
+    content = read_checkpoint(path, mmap=True)
+    if isinstance(content, dict) and "best_state" in content:
+        return from_audiocraft(content, path, device, dtype), published_names(content["xp.cfg"], path.parent)
+    with_keys(content, ("model_config", "ema", "codec", "text_encoder", "codec_id", "text_encoder_id"), path)
     try:
-        model = MAGNeT(ModelConfig(**content["model_config"]))
+        with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
+            model = MAGNeT(ModelConfig(**content["model_config"]))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: its model_config is not one of this version ({error})") from error
-    load_strictly(model, content["ema"], path)
+    load_strictly(model, content["ema"], path, dtype, device)
     kept = ("codec", "text_encoder", "codec_id", "text_encoder_id")
-    return model.to(device).eval().requires_grad_(False), {key: content[key] for key in kept}
+    return model.eval().requires_grad_(False), {key: content[key] for key in kept}
 
 
-def yaml_section(text, name):
-    """The plain `key: value` lines of one top-level section of a YAML text: all that AudioCraft's configs ask for."""
-    lines, inside = {}, False
-    for line in text.splitlines():
-        if line[:1].strip():
-            inside = line.startswith(f"{name}:")
-        elif inside and line.startswith("  ") and line[2:3].strip() and ":" in line:
-            key, _, value = line.partition(":")
-            lines[key.strip()] = value.strip()
-    return lines
+def fetch_published(name):
+    """Download what is missing of a published model, of its codec and of its text encoder; gives the model's folder."""
+    wanted = {name: hub.MODEL_FILES, hub.T5_REPOSITORIES["t5-base"]: hub.T5_FILES}
+    if not name.startswith("facebook/audio-"):  # whose codec is among the model's own files
+        wanted[hub.CODEC] = hub.CODEC_FILES
+    hub.fetch(wanted)
+    return hub.cache_folder(name)
+
+
+def published_names(text, folder):
+    """What a published model asks for, by its YAML text: {"codec", "text_encoder", "sampling"}; local files first."""
+    settings, codec = hub.read_yaml(text), folder / hub.MODEL_FILES[1]
+    is_music = settings.get("sample_rate", "32000") == "32000"
+    encoder = hub.beside(folder, settings.get("conditioners.description.t5.name", "t5-base"))
+    return {"codec": hub.beside(folder, hub.CODEC) if is_music and not codec.is_file() else str(codec),
+            "text_encoder": str(folder) if (folder / hub.T5_FILES[1]).is_file() else encoder,
+            "sampling": MUSIC_SAMPLING if is_music else SOUND_SAMPLING}
 
 
 def audiocraft_config(text, text_dim):
     """The `ModelConfig` that a published model's YAML text describes. Raises KeyError if something is missing."""
-    lm, data = yaml_section(text, "transformer_lm"), yaml_section(text, "dataset")
+    settings = hub.read_yaml(text)
+    if settings.get("lm_model", "transformer_lm_magnet") != "transformer_lm_magnet":
+        raise ValueError(f"its lm_model is {settings['lm_model']}")
+
+    def number(name):
+        return int(settings[f"transformer_lm.{name}"])
+
+    span_len = settings.get("masking.span_len") or number("span_len")
     return ModelConfig(
-        n_codebooks=int(lm["n_q"]), card=int(lm["card"]), dim=int(lm["dim"]), n_heads=int(lm["num_heads"]),
-        n_layers=int(lm["num_layers"]), ffn_mult=int(lm["hidden_scale"]), text_dim=text_dim,
-        context=int(lm["subcodes_context"]), span_len=int(lm["span_len"]), seconds=float(data["segment_duration"]))
+        n_codebooks=number("n_q"), card=number("card"), dim=number("dim"), n_heads=number("num_heads"),
+        n_layers=number("num_layers"), ffn_mult=number("hidden_scale"), text_dim=text_dim,
+        context=number("subcodes_context"), span_len=int(span_len), seconds=float(settings["dataset.segment_duration"]))
 
 
 PUBLISHED_NAMES = (  # AudioCraft's name -> ours
@@ -300,20 +320,27 @@ def from_published_names(state):
     return ours
 
 
-def load_audiocraft(path):
-    """Read a published MAGNeT (`state_dict.bin`, or the folder that holds it) into a `MAGNeT`, float32, in eval mode.
+def load_audiocraft(path, device="cpu", dtype=torch.float32):
+    """Read a published MAGNeT (`state_dict.bin`, or the folder that holds it) into a `MAGNeT` in eval mode.
 
     Raises ValueError naming the file when it is missing, not a published MAGNeT, or does not fit its own settings.
     """
     path = Path(path)
-    path = path / "state_dict.bin" if path.is_dir() else path
+    path = path / hub.MODEL_FILES[0] if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such file (want a published state_dict.bin)")
-    content = read_checkpoint(path, ("best_state", "xp.cfg"))
+    return from_audiocraft(read_checkpoint(path, mmap=True), path, device, dtype)
+
+
+def from_audiocraft(content, path, device, dtype):
+    """The model in what was read from a published `state_dict.bin`."""
+    with_keys(content, ("best_state", "xp.cfg"), path)
     try:
         state = from_published_names(content["best_state"])
-        model = MAGNeT(audiocraft_config(content["xp.cfg"], state["text_proj.weight"].shape[1]))
+        config = audiocraft_config(content["xp.cfg"], state["text_proj.weight"].shape[1])
+        with torch.device("meta"):
+            model = MAGNeT(config)
     except (KeyError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: not a published MAGNeT ({type(error).__name__}: {error})") from error
-    load_strictly(model, state, path)
+    load_strictly(model, state, path, dtype, device)
     return model.eval().requires_grad_(False)

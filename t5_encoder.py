@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hub
+
 TOY_ENCODER = Path(__file__).parent / "toy" / "weights" / "text"
 WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "pytorch_model.bin", "config.json", "spiece.model"
 PAD_ID, EOS_ID, MAX_TOKENS = 0, 1, 512
@@ -55,11 +57,10 @@ class T5Config:
             raise ValueError(f"feed_forward_proj must be 'relu' or 'gated-gelu', got {self.feed_forward_proj!r}")
 
 
-PUBLISHED = {  # name: (repository on the hub, config)
-    "t5-small": ("google-t5/t5-small", T5Config(32128, 512, 64, 2048, 6, 8)),
-    "t5-base": ("google-t5/t5-base", T5Config(32128, 768, 64, 3072, 12, 12)),
-    "google/flan-t5-small": (
-        "google/flan-t5-small", T5Config(32128, 512, 64, 1024, 8, 6, feed_forward_proj="gated-gelu")),
+PUBLISHED = {
+    "t5-small": T5Config(32128, 512, 64, 2048, 6, 8),
+    "t5-base": T5Config(32128, 768, 64, 3072, 12, 12),
+    "google/flan-t5-small": T5Config(32128, 512, 64, 1024, 8, 6, feed_forward_proj="gated-gelu"),
 }
 
 
@@ -219,8 +220,9 @@ class T5Encoder(nn.Module):
     def from_pretrained(cls, path_or_name):
         """Load an encoder, in float32 and on the CPU, with its tokenizer where there is one.
 
-        path_or_name: a folder with `pytorch_model.bin` (and `spiece.model`, `config.json` if it has them), a weight
-        file, "toy", or a name in `PUBLISHED`, whose files are downloaded on first use. A local path wins over these.
+        path_or_name: a folder with `model.safetensors` or `pytorch_model.bin` (and `spiece.model`, `config.json` if it
+        has them), a weight file, "toy", or a name in `PUBLISHED`, whose files are downloaded on first use. A local path
+        wins over these.
 
         ValueError: unknown name, or a file that is corrupt or does not fit; FileNotFoundError: a folder without
         weights; ConnectionError: a download failed. Each names the file.
@@ -230,13 +232,15 @@ class T5Encoder(nn.Module):
         if not path.exists():
             if name not in PUBLISHED:
                 raise ValueError(f"text encoder {name!r} is neither a local path nor toy, {', '.join(PUBLISHED)}")
-            path, config = download(name), PUBLISHED[name][1]
-        weights = path / WEIGHTS_FILE if path.is_dir() else path
+            repository, config = hub.T5_REPOSITORIES.get(name, name), PUBLISHED[name]
+            hub.fetch({repository: hub.T5_FILES})
+            path = hub.cache_folder(repository)
+        weights = hub.weights_file(path) if path.is_dir() else path
         if not weights.is_file():
-            raise FileNotFoundError(f"{weights} is missing: a text encoder's folder must hold {WEIGHTS_FILE}")
+            raise FileNotFoundError(f"{weights} is missing: a text encoder's folder must hold it (or {hub.WEIGHTS[0]})")
         if config is None and (weights.parent / CONFIG_FILE).is_file():
             config = read_config(weights.parent / CONFIG_FILE)
-        encoder = cls.from_state_dict(read_state_dict(weights), config, source=str(weights))
+        encoder = cls.from_state_dict(hub.read_state_dict(weights), config, source=str(weights))
         encoder.tokenizer_path = weights.parent / TOKENIZER_FILE
         if encoder.tokenizer_path.is_file():
             encoder.tokenizer = Tokenizer(encoder.tokenizer_path)
@@ -253,7 +257,9 @@ class T5Encoder(nn.Module):
         ValueError that names it and `source`.
         """
         tensors = {name: t for name, t in state_dict.items() if name.startswith(("shared.", "encoder."))}
-        tensors.pop("encoder.embed_tokens.weight", None)  # shared.weight once more
+        same = tensors.pop("encoder.embed_tokens.weight", None)  # shared.weight once more; one of them may be left out
+        if same is not None:
+            tensors.setdefault("shared.weight", same)
         config = config or infer_config(tensors, source)
         with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
             encoder = cls(config)
@@ -366,31 +372,3 @@ def read_config(path):
         return T5Config(**{field.name: values[field.name] for field in fields(T5Config) if field.name in values})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the config of a T5 encoder: {error}") from error
-
-
-def read_state_dict(path):
-    """Tensors by name from a PyTorch file, without running code in it. ValueError names the file if it is another."""
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no one type for "not a weight file"
-        raise ValueError(f"{path} is not a file of tensors, or is damaged: delete it and fetch it again") from error
-    if not isinstance(state_dict, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
-    ):
-        raise ValueError(f"{path} is not a state dict (names to tensors)")
-    return state_dict
-
-
-def download(name):
-    """Fetch the files of a published encoder that are not in torch's hub folder yet; returns their folder."""
-    folder = Path(torch.hub.get_dir(), "checkpoints", name.replace("/", "--"))
-    missing = {file: f"https://huggingface.co/{PUBLISHED[name][0]}/resolve/main/{file}"
-               for file in (WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / file).is_file()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, url in missing.items():
-            torch.hub.download_url_to_file(url, str(folder / file))  # a temporary file, renamed when complete
-    except Exception as error:  # what a network can raise is not one type either
-        raise ConnectionError(f"could not download text encoder {name} ({error}); fetch "
-                              f"{' and '.join(missing.values())} by hand and put them in {folder}") from error
-    return folder

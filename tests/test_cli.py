@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import Ended, assert_one_line
 
 import cli
 import data
@@ -48,40 +49,6 @@ def tiny_model(tmp_path_factory):
     return str(out)
 
 
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """call(module, arguments...) runs a module's command line in an empty folder -> exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.run(module.main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return Ended(code, *capsys.readouterr())
-
-    return call
-
-
-def assert_one_line(ended, *words):
-    """The command ended on bad input as it should: exit code 2 and one line that says what was wrong."""
-    assert ended.code == 2
-    lines = ended.err.splitlines()
-    assert len(lines) == 1 and ": error: " in lines[0], ended.err
-    for word in words:
-        assert word in lines[0]
-
-
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize("command, words", [
@@ -99,7 +66,10 @@ BAD_SAMPLING = {
     "--top-p 1.5": "top_p", "--top-p 0": "top_p", "--top-k -1": "top_k", "--temperature -1": "temperature",
     "--decoding-steps 5 5": "decoding_steps", "--decoding-steps 1 1 1 0": "decoding_steps", "--n 0": "--n",
     "--out song": "song", "--out song.mp4": "song.mp4", "--device nosuch": "nosuch", "--device cpu:x": "--device",
-    "--audio-prompt missing.wav": "missing.wav", "--guidance-start nan": "guidance",
+    "--audio-prompt missing.wav": "missing.wav", "--guidance-start nan": "guidance", "--dtype fp8": "--dtype",
+    "--overlap 1": "--overlap", "--overlap -1": "--overlap", "--overlap nan": "--overlap", "--inpaint x.wav": "--from",
+    "--from 0 --to 1": "--inpaint", "--inpaint missing.wav --from 0 --to 1": "missing.wav",
+    "--inpaint x.wav --from 0 --to 1 --seconds 2": "--seconds",
 }
 
 
@@ -328,6 +298,44 @@ def test_sample_continues_an_audio_prompt(call, tiny_model):
     assert np.corrcoef(prompt, first[:6000])[0, 1] > 0.98, "both begin with the prompt"
     assert np.corrcoef(prompt, second[:6000])[0, 1] > 0.98
     assert np.abs(first[9000:] - second[9000:]).max() > 1e-3, "and go on in their own ways"
+
+
+def test_sample_plays_longer_than_the_training_clips_in_windows_and_says_so(call, tiny_model):
+    ended = call(sample, "a flute", "--model", tiny_model, "--seconds", 2.5, "--overlap", 0.25, *FEW_STEPS)
+    assert ended.code == 0 and soundfile.info("out.wav").frames == 40_000
+    assert "windows" in ended.out and "0.25 s" in ended.out
+    assert f"{3 * 7}/{3 * 7}" in ended.err, "three windows of 7 steps"
+    assert "windows" not in call(sample, "a flute", "--model", tiny_model, "--seconds", 1, *FEW_STEPS).out
+
+
+def test_sample_inpaints_a_gap_and_keeps_the_rest_codec_exact(call, tiny_model):
+    rng = np.random.default_rng(0)
+    soundfile.write("song.wav", 0.3 * np.sin(np.arange(20_000) / 9) + 0.01 * rng.standard_normal(20_000), 16_000)
+    gap = ["--inpaint", "song.wav", "--from", 0.5, "--to", 0.7]
+    ended = call(sample, "a bell", "--model", tiny_model, *gap, *FEW_STEPS)
+    assert ended.code == 0, ended.err
+    codec = load_codec("toy")
+    coded = codec.decode(codec.encode(load_audio("song.wav", 16_000)[None]))[0, 0, :20_000].numpy()
+    out = load_audio("out.wav", 16_000)[0].numpy()
+    assert len(out) == 20_000
+    reach = 3200  # how far the codec's decoder spreads a frame
+    assert np.abs(out - coded)[:8000 - reach].max() < 1e-3 and np.abs(out - coded)[11_200 + reach:].max() < 1e-3
+    assert np.abs(out - coded)[8000:11_200].max() > 1e-2
+
+
+@pytest.mark.parametrize("ends", ["0.5 --to 0.5", "0.6 --to 0.5", "-1 --to 0.5", "0 --to 9"])
+def test_sample_names_a_gap_outside_of_the_file(call, tiny_model, ends):
+    soundfile.write("song.wav", np.sin(np.arange(16_000) / 9), 16_000)
+    ended = call(sample, "a bell", "--model", tiny_model, "--inpaint", "song.wav", "--from", *ends.split())
+    assert_one_line(ended, "--from", "song.wav", "1 s")
+
+
+def test_sample_with_a_negative_prompt_plays_something_else(call, tiny_model, tmp_path):
+    files = []
+    for flags in ([], ["--negative-prompt", ""], ["--negative-prompt", "a bell with drums"]):
+        assert call(sample, "a flute", "--model", tiny_model, *FEW_STEPS, *flags).code == 0
+        files.append((tmp_path / "out.wav").read_bytes())
+    assert files[0] == files[1] != files[2]
 
 
 def test_sample_writes_flac_too(call, tiny_model):

@@ -199,9 +199,10 @@ def test_save_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
-def test_load_codec_gives_the_24khz_model_with_as_many_codebooks_as_asked(monkeypatch):
+def test_load_codec_gives_the_24khz_model_with_as_many_codebooks_as_asked(offline):
     weights = encodec_wrap.encodec.EncodecModel.encodec_model_24khz(pretrained=False).state_dict()
-    monkeypatch.setattr(encodec_wrap.encodec.EncodecModel, "_get_pretrained", staticmethod(lambda *_: weights))
+    offline.mkdir(parents=True)
+    torch.save(weights, offline / "encodec_24khz-d7cc33bc.th")
     codec = load_codec("encodec_24khz")
     assert (codec.sample_rate, codec.frame_rate, codec.codebook_size, codec.n_codebooks) == (24_000, 75, 1024, 4)
     codes = codec.encode(torch.zeros(1, 1, 1000))
@@ -210,6 +211,12 @@ def test_load_codec_gives_the_24khz_model_with_as_many_codebooks_as_asked(monkey
     assert torch.equal(two.encode(torch.zeros(1, 1, 1000)), codes[:, :2])
     with pytest.raises(ValueError, match="between 1 and 32"):
         load_codec("encodec_24khz", 33)
+
+
+def test_load_codec_offline_names_the_24khz_file_and_its_folder(offline, monkeypatch):
+    monkeypatch.setattr(encodec_wrap.encodec.model, "ROOT_URL", "http://127.0.0.1:9/")
+    with pytest.raises(ConnectionError, match=f"encodec_24khz-d7cc33bc.th into {offline}"):
+        load_codec("encodec_24khz")
 
 
 class RunsCode:

@@ -23,7 +23,6 @@ from model import (
     load_model,
     local_attention,
     positions,
-    yaml_section,
 )
 
 
@@ -410,18 +409,6 @@ def test_load_audiocraft_refuses_a_setting_that_is_missing(published, tmp_path):
     published["xp.cfg"] = published["xp.cfg"].replace("subcodes_context", "something_else")
     with pytest.raises(ValueError, match="broken.bin: not a published MAGNeT.*subcodes_context"):
         load_audiocraft(save_as(published, tmp_path / "broken.bin"))
-
-
-def test_yaml_section_reads_one_section_only():
-    text = "dim: 1\nlm:\n  dim: 64\n  # a note\n  inner:\n    dim: 2\n  name: 't: x'\nother:\n  dim: 3\n"
-    section = yaml_section(text, "lm")
-    assert section["dim"] == "64" and section["name"] == "'t: x'"
-    assert yaml_section(text, "other") == {"dim": "3"}
-    assert yaml_section(text, "absent") == {}
-
-
-def test_yaml_section_wants_the_whole_name():
-    assert yaml_section("lm:\n  dim: 2\nlm_model:\n  dim: 1\n", "lm") == {"dim": "2"}
 
 
 def test_audiocraft_config_raises_key_error_for_a_missing_setting(published):

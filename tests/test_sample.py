@@ -1,4 +1,4 @@
-"""Decoding, from the small functions to `generate`: the claims of sample.py. The command line is tested elsewhere.
+"""Decoding: the claims of decoding.py and sample.py. The command line is tested elsewhere.
 
 `data/magnet_tiny_greedy.pt` holds greedy generations of the released code, which ours must repeat token for token.
 """
@@ -11,17 +11,11 @@ import torch
 import torch.nn.functional as F
 from conftest import DATA
 
+import decoding
 import sample
-from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
-from model import MAGNeT
-from sample import (
-    SamplingConfig,
+from decoding import (
     annealed_temperature,
-    decode_stage,
-    fit_steps,
-    generate,
     guidance_scale,
-    guided_logits,
     hide_nonoverlapping,
     hide_stride1,
     mask_rate,
@@ -30,6 +24,9 @@ from sample import (
     spans_to_hide,
     token_scores,
 )
+from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
+from model import MAGNeT
+from sample import SamplingConfig, decode_stage, fit_steps, generate, generate_windows, guided_logits, windows
 
 GOLDEN = torch.load(DATA / "magnet_tiny_greedy.pt", weights_only=True)
 ARRANGEMENTS = pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
@@ -74,9 +71,10 @@ def steps_of(model, n_frames=50, prompt=None, B=2, seed=0, **fields):
     return seen
 
 
-def test_docstring_examples_of_sample_are_true():
-    result = doctest.testmod(sample)
-    assert result.attempted >= 2 and result.failed == 0
+@pytest.mark.parametrize("module, examples", [(decoding, 2), (sample, 1)])
+def test_docstring_examples_of_decoding_are_true(module, examples):
+    result = doctest.testmod(module)
+    assert result.attempted >= examples and result.failed == 0
 
 
 # --------------------------------------------------------------------------------------------------------- the schedule
@@ -300,7 +298,7 @@ def test_hide_stride1_keeps_away_from_fixed_frames(scoring, generator):
 def test_spans_to_hide_always_hides_something(arrangement, scoring, T, rate, generator):
     config = SamplingConfig(span_arrangement=arrangement, span_scoring=scoring)
     confidence, fixed = torch.rand(4, T, generator=generator), torch.zeros(4, T, dtype=torch.bool)
-    hidden = spans_to_hide(confidence, fixed, rate, T, 3, config)
+    hidden = spans_to_hide(confidence, fixed, rate, fixed[0], 3, config)
     assert hidden.shape == (4, T) and hidden.any(dim=1).all()
 
 
@@ -309,14 +307,15 @@ def test_spans_to_hide_always_hides_something(arrangement, scoring, T, rate, gen
 def test_spans_to_hide_at_rate_1_hides_everything(arrangement, scoring, generator):
     config = SamplingConfig(span_arrangement=arrangement, span_scoring=scoring)
     confidence, fixed = torch.rand(4, 48, generator=generator), torch.zeros(4, 48, dtype=torch.bool)
-    assert spans_to_hide(confidence, fixed, 1.0, 48, 3, config).sum(dim=1).min() >= 48 - 3
+    assert spans_to_hide(confidence, fixed, 1.0, fixed[0], 3, config).sum(dim=1).min() >= 48 - 3
 
 
 @ARRANGEMENTS
 def test_spans_to_hide_finds_the_improbable_half(arrangement, generator):
     confidence = torch.where(torch.arange(60) < 30, 0.1, 0.8) + 0.1 * torch.rand(2, 60, generator=generator)
     config = SamplingConfig(span_arrangement=arrangement)
-    hidden = spans_to_hide(confidence, torch.zeros(2, 60, dtype=torch.bool), 0.5, 60, 3, config)
+    fixed = torch.zeros(2, 60, dtype=torch.bool)
+    hidden = spans_to_hide(confidence, fixed, 0.5, fixed[0], 3, config)
     assert hidden[:, :30].float().mean() > 0.8 and not hidden[:, 33:].any()
 
 
@@ -430,6 +429,126 @@ def test_rows_of_a_batch_are_generated_as_if_alone(arrangement, magnet_tiny, gol
     together = generate(magnet_tiny, text, mask, 50, config)
     for b in range(2):
         assert generate(magnet_tiny, text[b:b + 1], mask[b:b + 1], 50, config).equal(together[b:b + 1])
+
+
+# --------------------------------------------------------------------------------- gaps, windows and negative prompts
+
+def gap(T, start, end):
+    """Given everywhere but from frame `start` to frame `end`."""
+    return ~((torch.arange(T) >= start) & (torch.arange(T) < end))
+
+
+@ARRANGEMENTS
+@SCHEDULES
+@pytest.mark.parametrize("start, end", [(10, 20), (11, 12), (0, 7), (25, 30), (0, 30), (7, 7)])
+def test_generate_fills_a_gap_and_keeps_everything_around_it(start, end, schedule, arrangement, make_magnet, generator):
+    model = make_magnet()
+    music, given = random_prompt(model, 30), gap(30, start, end)
+    config = SamplingConfig(decoding_steps=STEPS, schedule=schedule, span_arrangement=arrangement)
+    codes = generate(model, *random_text(model), 30, config, music, generator, given=given)
+    assert codes[:, :, given].equal(music[:, :, given])
+    assert codes.max() < model.mask_id
+
+
+@SCHEDULES
+def test_generate_never_sees_what_was_in_the_gap(schedule, make_magnet):
+    model, given = make_magnet(), gap(30, 10, 20)
+    music = random_prompt(model, 30)
+    other = torch.where(given, music, 15 - music)
+    first, second = (generate(model, *random_text(model), 30, SamplingConfig(decoding_steps=STEPS, schedule=schedule),
+                              codes, torch.Generator().manual_seed(0), given=given) for codes in (music, other))
+    assert first.equal(second)
+
+
+def test_generate_fills_a_gap_in_sight_of_both_sides(make_magnet):
+    model, given = make_magnet(), gap(30, 10, 20)
+    config = SamplingConfig(decoding_steps=STEPS, greedy=True)
+    music = random_prompt(model, 30, B=1)
+    for side in (slice(0, 10), slice(20, 30)):
+        other = music.clone()
+        other[:, :, side] = 15 - music[:, :, side]
+        first, second = (generate(model, None, None, 30, config, codes, given=given) for codes in (music, other))
+        assert not first[:, :, ~given].equal(second[:, :, ~given])
+
+
+def test_a_prompt_given_as_a_mask_is_continued_as_one_given_alone(make_magnet):
+    model, prompt = make_magnet(), random_prompt(make_magnet(), 12)
+    config = SamplingConfig(decoding_steps=STEPS)
+    alone, masked = (
+        generate(model, *random_text(model), 30, config, codes, torch.Generator().manual_seed(0), given=given)
+        for codes, given in ((prompt, None), (F.pad(prompt, (0, 18)), torch.arange(30) < 12)))
+    assert alone.equal(masked)
+
+
+def test_spans_to_hide_counts_the_tiles_that_a_gap_touches():
+    """Frames 2 and 3 lie in two tiles of 3: at rate 1 both are hidden."""
+    given = gap(12, 2, 4)
+    hidden = spans_to_hide(torch.rand(1, 12), given[None], 1.0, given, 3, SamplingConfig())
+    assert hidden[0, :6].all() and not hidden[0, 6:].any()
+
+
+@pytest.mark.parametrize("given", [torch.zeros(9, dtype=torch.bool), torch.ones(10, dtype=torch.bool)])
+def test_generate_refuses_a_mask_that_does_not_fit(given, make_magnet):
+    model = make_magnet()
+    with pytest.raises(ValueError, match="given must be 10 booleans"):
+        generate(model, None, None, 10, audio_prompt=random_prompt(model, 8), given=given)
+
+
+@pytest.mark.parametrize("T, size, overlap, starts", [
+    (10, 10, 4, [0]), (7, 10, 4, [0]), (11, 10, 4, [0, 1]), (22, 10, 4, [0, 6, 12]), (20, 10, 0, [0, 10])])
+def test_windows_cover_the_clip_and_overlap(T, size, overlap, starts):
+    assert windows(torch.zeros(T, dtype=torch.bool), size, overlap) == starts
+
+
+def test_windows_leave_out_what_is_given():
+    assert windows(torch.ones(50, dtype=torch.bool), 10, 4) == []
+    assert windows(torch.arange(50) < 40, 10, 4) == [36, 40]
+    assert windows(gap(50, 20, 24), 10, 4) == [16]
+    assert windows(gap(50, 2, 4) & gap(50, 47, 50), 10, 4) == [0, 40]
+
+
+def test_generate_windows_makes_each_window_continue_the_last(make_magnet):
+    """Its result is that of generating the windows by hand, the end of one being the audio prompt of the next."""
+    model, config = make_magnet(), SamplingConfig(decoding_steps=STEPS)
+    text, generator = random_text(model), torch.Generator().manual_seed(0)
+    first = generate(model, *text, 10, config, generator=generator)
+    second = generate(model, *text, 10, config, first[:, :, 6:], generator)
+    last = generate(model, *text, 10, config, second[:, :, 4:], generator)
+    nothing = torch.zeros(2, 4, 20, dtype=torch.long)
+    codes = generate_windows(model, *text, nothing, torch.zeros(20, dtype=torch.bool), 10, 4, config,
+                             torch.Generator().manual_seed(0))
+    assert codes.equal(torch.cat([first, second[:, :, 4:], last[:, :, 6:]], dim=2))
+
+
+def test_generate_windows_of_a_short_clip_is_generate(make_magnet):
+    model, config = make_magnet(), SamplingConfig(decoding_steps=STEPS)
+    nothing = torch.zeros(2, 4, 20, dtype=torch.long)
+    codes = generate_windows(model, *random_text(model), nothing, torch.zeros(20, dtype=torch.bool), 30, 10, config,
+                             torch.Generator().manual_seed(0))
+    assert codes.equal(generate(model, *random_text(model), 20, config, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_negative_prompt_of_nothing_changes_nothing(make_magnet):
+    model, config = make_magnet(), SamplingConfig(decoding_steps=STEPS, greedy=True)
+    text, mask = random_text(model)
+    plain = generate(model, text, mask, 20, config)
+    assert generate(model, text, mask, 20, config, negative=(text[:1], mask[:1] & False)).equal(plain)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_null_condition(make_magnet):
+    """The guided logits are those of the prompt, away from those of the negative one, of any length."""
+    model, seen = make_magnet(), random_prompt(make_magnet(), 9)
+    text, mask = random_text(model)
+    for N in (2, 3, 5):
+        negative = random_text(model, B=1, N=N, seed=1)
+        prepared = model.prepare_text(*sample.with_null_condition(text, mask, negative))
+        wide = max(N, 3)
+        cond = model(seen, 1, F.pad(text, (0, 0, 0, wide - 3)), F.pad(mask, (0, wide - 3)))
+        away = model(seen, 1, F.pad(negative[0], (0, 0, 0, wide - N)).expand(2, -1, -1),
+                     F.pad(negative[1], (0, wide - N)).expand(2, -1))
+        guided = guided_logits(model, seen, 1, prepared, 3.0)
+        torch.testing.assert_close(guided, away + 3 * (cond - away), atol=1e-4, rtol=0)
+        torch.testing.assert_close(guided_logits(model, seen, 1, prepared, 0), away, atol=1e-4, rtol=0)
 
 
 # -------------------------------------------------------------------------------------------------- what a step may do

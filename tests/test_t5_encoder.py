@@ -9,11 +9,11 @@ import dataclasses
 import json
 import math
 import shutil
-import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_safetensors
 
 import t5_encoder
 from t5_encoder import RMSNorm, T5Config, T5Encoder, Tokenizer, relative_buckets
@@ -21,18 +21,6 @@ from t5_encoder import RMSNorm, T5Config, T5Encoder, Tokenizer, relative_buckets
 DATA = Path(__file__).parent / "data"
 SPIECE = DATA / "t5_spiece.model"
 CAPTIONS = ["80s electronic track with a groovy bass", "", "smooth jazz", " \n\t", "a"]
-
-
-@pytest.fixture(autouse=True)
-def hub(monkeypatch, tmp_path):
-    """An empty download folder and no network, for every test."""
-
-    def offline(url, *args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path / "hub" / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +248,7 @@ def test_decoder_and_head_are_ignored():
 @pytest.mark.parametrize("name", [n for n in published_tensors() if "embed_tokens" not in n and "block.1" not in n])
 def test_missing_tensor_is_named(name):
     tensors = published_tensors()
-    del tensors[name]
+    del tensors[name], tensors["encoder.embed_tokens.weight"]
     with pytest.raises(ValueError, match="my file") as error:
         T5Encoder.from_state_dict(tensors, source="my file")
     # Without the feed-forward's input its kind is unknown too, but the message still says which tensor.
@@ -354,40 +342,44 @@ def test_unknown_name_lists_the_known_ones():
         T5Encoder.from_pretrained("t5-smal")
 
 
-def test_offline_error_names_files_and_folder(hub):
+def test_offline_error_names_files_and_folder(offline):
     with pytest.raises(ConnectionError) as error:
         T5Encoder.from_pretrained("google/flan-t5-small")
     message = str(error.value)
-    for file in ("pytorch_model.bin", "spiece.model"):
-        assert f"https://huggingface.co/google/flan-t5-small/resolve/main/{file}" in message
-    assert str(hub / "google--flan-t5-small") in message and "\n" not in message
+    for file in ("model.safetensors", "pytorch_model.bin", "spiece.model"):
+        assert f"google/flan-t5-small/resolve/main/{file}" in message
+    assert str(offline / "google--flan-t5-small") in message and "\n" not in message
 
 
-def test_published_files_are_fetched_once(encoder, hub, tmp_path, monkeypatch):
-    encoder.save_pretrained(tmp_path / "remote")
-    monkeypatch.setitem(t5_encoder.PUBLISHED, "t5-small", ("google-t5/t5-small", encoder.config))
-    fetched = []
-
-    def fetch(url, path):
-        fetched.append(url)
-        shutil.copy(tmp_path / "remote" / url.split("/")[-1], path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+def test_published_files_are_fetched_once(encoder, local_hub, monkeypatch):
+    encoder.save_pretrained(local_hub.folder / "google-t5/t5-small")
+    monkeypatch.setitem(t5_encoder.PUBLISHED, "t5-small", encoder.config)
     for _ in range(2):
         embeddings, _ = T5Encoder.from_pretrained("t5-small").encode_text(CAPTIONS)
     assert torch.equal(embeddings, encoder.encode_text(CAPTIONS)[0])
-    root = "https://huggingface.co/google-t5/t5-small/resolve/main/"
-    assert fetched == [root + "pytorch_model.bin", root + "spiece.model"]
+    assert local_hub.served == [("google-t5/t5-small/pytorch_model.bin", 0), ("google-t5/t5-small/spiece.model", 0)]
 
 
-def test_files_put_by_hand_are_used_without_a_network(encoder, hub, monkeypatch):
-    monkeypatch.setitem(t5_encoder.PUBLISHED, "t5-base", ("google-t5/t5-base", encoder.config))
-    encoder.save_pretrained(hub / "t5-base")
+def test_files_put_by_hand_are_used_without_a_network(encoder, offline, monkeypatch):
+    monkeypatch.setitem(t5_encoder.PUBLISHED, "t5-base", encoder.config)
+    encoder.save_pretrained(offline / "google-t5--t5-base")
     assert T5Encoder.from_pretrained("t5-base").tokenizer is not None
+
+
+@pytest.mark.parametrize("left_out", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_safetensors_give_the_same_encoder(left_out, tmp_path):
+    """They hold a tensor that has two names under one of them only."""
+    tensors = published_tensors()
+    expected = T5Encoder.from_state_dict(tensors)
+    del tensors[left_out]
+    write_safetensors(tensors, tmp_path / "model.safetensors")
+    encoder = T5Encoder.from_pretrained(tmp_path)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("name, millions", [("t5-small", 35.3), ("t5-base", 109.6), ("google/flan-t5-small", 35.3)])
 def test_published_configs_have_the_published_size(name, millions):
     with torch.device("meta"):
-        encoder = T5Encoder(t5_encoder.PUBLISHED[name][1])
+        encoder = T5Encoder(t5_encoder.PUBLISHED[name])
     assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 1) == millions

@@ -2,24 +2,32 @@
 
 For each codebook in turn MAGNeT starts with everything hidden and runs s steps. A step predicts all hidden tokens at
 once and keeps the spans it is surest of; the least probable spans are hidden again and predicted anew. Small pure
-functions, one per idea, come first; `generate` strings them together; the command line is at the end. Left out here:
-rescoring and hybrid decoding.
+functions, one per idea, come first; `generate` strings them together, `generate_hybrid` begins with an autoregressive
+prompt; the command line is at the end. Decoding from left to right is in `autoregressive.py`.
 
     python sample.py "a slow deep flute plays a rising melody, with drums" --out flute.wav
 """
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from autoregressive import (
+    UNKNOWN,
+    Continuation,
+    check_arguments,
+    generate_autoregressive,
+    guided_logits,
+    prepare_both,
+)
 from cli import Parser, add_flags, check_same, from_flags, option, pick_device, run
 from encodec_wrap import check_audio_path, load_audio, load_codec, save_audio
-from masking import cosine_schedule, hide_codes
+from masking import cosine_schedule, delay_codes, hide_codes
 from model import load_model
 from t5_encoder import T5Encoder
 
@@ -43,24 +51,26 @@ class SamplingConfig:
     span_scoring: str = option("max", "a span's probability: of its best token, or the product", ("max", "prod"))
     schedule: str = option("paper", "mask rates as in the paper or as in the released code", ("paper", "released"))
     greedy: bool = option(False, "take the most probable token instead of sampling")
+    ar_guidance: float = option(3.0, "autoregressive and hybrid models, from left to right: guidance")
+    ar_top_k: int = option(250, "the same: keep only the k most probable tokens; 0 keeps all")
+    ar_temperature: float = option(1.0, "the same: softmax temperature")
+    hybrid_seconds: float = option(1.0, "hybrid models: seconds to write from left to right before the rest")
 
     def __post_init__(self):
         if not self.decoding_steps or min(self.decoding_steps) < 1:
             raise ValueError(f"decoding_steps must be positive, one for each codebook, not {self.decoding_steps}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (keep all) or positive, not {self.top_k}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be zero or positive, not {self.temperature}")
-        if not (math.isfinite(self.guidance_start) and math.isfinite(self.guidance_end)):
-            raise ValueError(f"guidance must be finite, not {self.guidance_start} -> {self.guidance_end}")
-        if self.span_arrangement not in ("nonoverlap", "stride1"):
-            raise ValueError(f"span_arrangement must be nonoverlap or stride1, not {self.span_arrangement!r}")
-        if self.span_scoring not in ("max", "prod"):
-            raise ValueError(f"span_scoring must be max or prod, not {self.span_scoring!r}")
-        if self.schedule not in ("paper", "released"):
-            raise ValueError(f"schedule must be paper or released, not {self.schedule!r}")
+        for name in ("top_k", "temperature", "ar_top_k", "ar_temperature", "hybrid_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be zero or positive, not {getattr(self, name)}")
+        if not all(map(math.isfinite, (self.guidance_start, self.guidance_end, self.ar_guidance))):
+            raise ValueError(f"guidance must be finite, not {self.guidance_start} -> {self.guidance_end}, or "
+                             f"{self.ar_guidance} from left to right")
+        for field in fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} must be {' or '.join(choices)}, not {value!r}")
 
 
 # ------------------------------------------------------------------------------------------------------- one idea each
@@ -78,20 +88,6 @@ def mask_rate(step, steps, schedule="paper"):
 def guidance_scale(rate, start, end):
     """[Eq. 6] Annealed guidance: lambda = rate * start + (1 - rate) * end, strong while much is hidden."""
     return float(rate) * start + (1 - float(rate)) * end
-
-
-def guided_logits(model, seen, stage, prepared, scale):
-    """[Sec. 3.3] Classifier-free guidance: uncond + scale * (cond - uncond), (B, T, card).
-
-    seen: (B, K, T) with mask tokens; prepared: `model.prepare_text` of B prompts followed by B null conditions, or
-    None for no text. Both halves run as one batch; where the scale makes one irrelevant it is skipped.
-    """
-    if prepared is None or scale == 0:
-        return model(seen, stage)
-    if math.isclose(scale, 1, abs_tol=1e-6):
-        return model(seen, stage, prepared=[keys_values[:, :len(seen)] for keys_values in prepared])
-    cond, uncond = model(seen.repeat(2, 1, 1), stage, prepared=prepared).chunk(2)
-    return uncond + scale * (cond - uncond)
 
 
 def annealed_temperature(step, steps, temperature):
@@ -190,12 +186,27 @@ def spans_to_hide(confidence, fixed, rate, n_open, span_len, config):
     return hide_nonoverlapping(tokens, fixed, max(int(rate * n_spans), 1), span_len, config.span_scoring)
 
 
+def rescoring(rescorer, weight, text, text_mask):
+    """[Sec. 3.4, Eq. 5] A function that mixes another model's probabilities into the confidence; None at weight 0.
+
+    rescorer: anything with `score_codes(codes, stage, text, text_mask)` -> (B, T), the probability of each token.
+    Deviation: as in Fig. 4 the weight is the rescorer's and only the ranking of spans changes; in Eq. 5 it is MAGNeT's.
+    """
+    if not 0 <= weight <= 1 or (weight and rescorer is None):
+        raise ValueError(f"rescorer_weight must be between 0 and 1, and 0 without a rescorer, not {weight}")
+    if weight == 0:
+        return None
+    return lambda confidence, codes, stage: torch.lerp(
+        confidence, rescorer.score_codes(codes, stage, text, text_mask).to(confidence), weight)
+
+
 # ------------------------------------------------------------------------------------------------------------- decoding
 
-def decode_stage(model, codes, stage, given, prepared, config, generator=None, on_step=None):
+def decode_stage(model, codes, stage, given, prepared, config, generator=None, on_step=None, rescore=None):
     """[Sec. 3.3, Fig. 4] Fill in codebook `stage`: codes (B, K, T) -> new tokens (B, T).
 
     given: (T,) bool, True at the frames of the audio prompt, whose tokens stay. Only hidden positions are ever sampled.
+    rescore: see `rescoring`.
     """
     steps, released = config.decoding_steps[stage], config.schedule == "released"
     codes, prompt = codes.clone(), codes
@@ -222,6 +233,8 @@ def decode_stage(model, codes, stage, given, prepared, config, generator=None, o
         codes[:, stage] = codes[:, stage].masked_scatter(hidden, tokens)
         confidence = probs.amax(dim=-1)  # (B, T); what a token that is not hidden counts for in its span
         confidence = confidence.masked_scatter(hidden, probs[hidden].gather(1, tokens[:, None]))
+        if rescore is not None:
+            confidence = rescore(confidence, codes, stage)
         fixed = ~hidden
         if on_step is not None:
             on_step(stage=stage, step=step, codes=codes.clone(), hidden=hidden, confidence=confidence)
@@ -237,37 +250,67 @@ def fit_steps(config, n_codebooks):
     return config
 
 
+def decode_stages(model, codes, *arguments):
+    """[Sec. 3.3] Fill in what is hidden in codes (B, K, T), codebook after codebook, in place."""
+    for stage in range(codes.shape[1]):
+        given = codes[0, stage] != model.mask_id  # the same frames in every row
+        codes[:, stage] = decode_stage(model, codes, stage, given, *arguments)
+    return codes
+
+
 @torch.inference_mode()
-def generate(model, text, text_mask, n_frames, config=None, audio_prompt=None, generator=None, on_step=None):
+def generate(model, text, text_mask, n_frames, config=None, audio_prompt=None, generator=None, on_step=None,
+             rescorer=None, rescorer_weight=0.0):
     """[Sec. 3.3, Fig. 4] Generate codes (B, K, T) of exactly `n_frames` frames, codebook after codebook.
 
     text: (B, N, text_dim) from the text encoder and text_mask (B, N), or None and None for music without a prompt;
     audio_prompt: codes (B, K, P), P <= T, which the result begins with; generator: a `torch.Generator` on the model's
     device (the same seed and device give the same codes); on_step(stage, step, codes, hidden, confidence) is called
-    after every decoding step. Raises ValueError where an argument does not fit the model.
+    after every decoding step; rescorer, rescorer_weight: see `rescoring`. Raises ValueError where an argument does not
+    fit the model.
     """
-    K, device = model.config.n_codebooks, model.out_norm.weight.device
-    config = fit_steps(config or SamplingConfig(), K)
-    if n_frames < 1:
-        raise ValueError(f"n_frames must be at least 1, not {n_frames}")
-    if audio_prompt is None:
-        audio_prompt = torch.empty(1 if text is None else len(text), K, 0, dtype=torch.long)
-    B, P = audio_prompt.shape[0], audio_prompt.shape[2]
-    if audio_prompt.shape[1] != K or P > n_frames or (text is not None and len(text) != B):
-        raise ValueError(f"audio_prompt has shape {tuple(audio_prompt.shape)}; want as many rows as prompts, "
-                         f"{K} codebooks and at most {n_frames} frames")
-    if P and not 0 <= audio_prompt.min() <= audio_prompt.max() < model.config.card:
-        raise ValueError(f"audio_prompt must hold codes from 0 to {model.config.card - 1}")
-    prepared = None
-    if text is not None:  # the prompts, then as many null conditions
-        text, text_mask = text.to(device), text_mask.to(device)
-        prepared = model.prepare_text(torch.cat([text, text * 0]), torch.cat([text_mask, text_mask * 0]))
-    codes = torch.full((B, K, n_frames), model.mask_id, device=device)
-    codes[:, :, :P] = audio_prompt
-    given = torch.arange(n_frames, device=device) < P
-    for stage in range(K):
-        codes[:, stage] = decode_stage(model, codes, stage, given, prepared, config, generator, on_step)
-    return codes
+    config = fit_steps(config or SamplingConfig(), model.config.n_codebooks)
+    audio_prompt = check_arguments(model, ("magnet",), text, n_frames, audio_prompt)
+    codes = F.pad(audio_prompt, (0, n_frames - audio_prompt.shape[2]), value=model.mask_id)
+    return decode_stages(model, codes, prepare_both(model, text, text_mask), config, generator, on_step,
+                         rescoring(rescorer, rescorer_weight, text, text_mask))
+
+
+@torch.inference_mode()
+def generate_hybrid(model, text, text_mask, n_frames, prompt_seconds, config=None, audio_prompt=None, generator=None,
+                    on_step=None, rescorer=None, rescorer_weight=0.0, frame_rate=50.0):
+    """[App. D, Fig. 7] Write the first `prompt_seconds` from left to right and the rest in parallel: codes (B, K, T).
+
+    frame_rate: the codec's; the audio prompt counts as a part of the prompt; the rest is as for `generate`. The prompt
+    ends at one position of the delayed codes: codebook k of it is k frames shorter than the first, if not given.
+    """
+    if not 0 <= prompt_seconds < math.inf:
+        raise ValueError(f"prompt_seconds must be zero or positive, not {prompt_seconds}")
+    config = fit_steps(config or SamplingConfig(), model.config.n_codebooks)
+    audio_prompt = check_arguments(model, ("hybrid",), text, n_frames, audio_prompt)
+    n_prompt = max(round(prompt_seconds * frame_rate), audio_prompt.shape[2])
+    n_positions = 1 + n_prompt if n_prompt < n_frames else n_frames + model.config.n_codebooks
+    codes = generate_autoregressive(
+        model, text, text_mask, n_frames, config.ar_guidance, config.ar_top_k, config.ar_temperature, config.greedy,
+        audio_prompt, generator, on_step, n_positions)
+    codes = codes.masked_fill(codes == UNKNOWN, model.mask_id)
+    behind_prompt = Continuation(model, delay_codes(codes, model.mask_id)[:, :, :n_positions])
+    return decode_stages(behind_prompt, codes, prepare_both(model, text, text_mask), config, generator, on_step,
+                         rescoring(rescorer, rescorer_weight, text, text_mask))
+
+
+def generate_as_trained(model, text, text_mask, n_frames, config, audio_prompt=None, generator=None, on_step=None,
+                        rescorer=None, rescorer_weight=0.0, frame_rate=50.0):
+    """Generate codes (B, K, T) as the model was trained to: in parallel, from left to right, or both."""
+    clip, more = (model, text, text_mask, n_frames), (audio_prompt, generator, on_step)
+    if model.config.objective == "magnet":
+        return generate(*clip, config, *more, rescorer, rescorer_weight)
+    if model.config.objective == "hybrid":
+        return generate_hybrid(*clip, config.hybrid_seconds, config, *more, rescorer, rescorer_weight, frame_rate)
+    if rescorer is not None:
+        raise ValueError("only parallel decoding can be rescored; this model is autoregressive")
+    return generate_autoregressive(*clip, config.ar_guidance, config.ar_top_k, config.ar_temperature, config.greedy,
+                                   *more)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -287,6 +330,8 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--audio-prompt", type=Path, help="audio file to continue")
+    parser.add_argument("--rescorer", help="another model, as --model, whose opinion counts when tokens are ranked")
+    parser.add_argument("--rescorer-weight", type=float, default=0.5, help="of its opinion, 0 to 1 (default: 0.5)")
     add_flags(parser, SamplingConfig)
     return parser.parse_args()
 
@@ -304,6 +349,11 @@ def main():
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
     check_same(names, codec, encoder)
+    rescorer, weight = None, 0.0
+    if args.rescorer is not None:
+        (rescorer, theirs), weight = load_model(args.rescorer, device), args.rescorer_weight
+        if any(theirs[key] != names[key] for key in ("codec_id", "text_encoder_id")):
+            raise ValueError(f"--rescorer {args.rescorer}: has another codec or text encoder than --model {args.model}")
     seconds = args.seconds or model.config.seconds
     samples = max(1, round(seconds * codec.sample_rate))
     n_frames = math.ceil(samples / codec.hop_length)
@@ -318,11 +368,13 @@ def main():
     paths = output_paths(args.out, len(prompts))
     generator = torch.Generator(device).manual_seed(args.seed)
     start = time.perf_counter()
-    with tqdm(total=sum(config.decoding_steps) * math.ceil(len(prompts) / BATCH), unit="step") as bar:
+    in_all = sum(config.decoding_steps) * math.ceil(len(prompts) / BATCH)
+    with tqdm(total=in_all if model.config.objective == "magnet" else None, unit="step") as bar:
         for i in range(0, len(prompts), BATCH):
             text, text_mask = encoder.encode_text(prompts[i:i + BATCH])
             given = None if audio_prompt is None else audio_prompt.expand(len(text), -1, -1)
-            codes = generate(model, text, text_mask, n_frames, config, given, generator, lambda **_: bar.update())
+            codes = generate_as_trained(model, text, text_mask, n_frames, config, given, generator,
+                                        lambda **_: bar.update(), rescorer, weight, codec.frame_rate)
             wavs = codec.decode(codes)[..., :samples]
             for path, wav in zip(paths[i:i + BATCH], wavs, strict=True):
                 save_audio(path, wav, codec.sample_rate)

@@ -121,10 +121,10 @@ class Continuation:
     def __init__(self, model, prompt):
         self.model, self.prompt, self.config, self.mask_id = model, prompt, model.config, model.mask_id
 
-    def __call__(self, codes, stage, prepared=None):
-        """codes (B, K, T), or twice as many rows; gives the logits of codebook `stage`, (B, T, card)."""
+    def __call__(self, codes, stage, *text, **prepared):
+        """codes (B, K, T), or several times as many rows; gives the logits of codebook `stage`, (B, T, card)."""
         T, S = codes.shape[2], self.prompt.shape[2]
         delayed = delay_codes(codes, self.mask_id)
         delayed[:, :, :S] = self.prompt.repeat(len(codes) // len(self.prompt), 1, 1)
         mask = hybrid_attention_mask(delayed.shape[2], S, stage, self.config.context)
-        return self.model(delayed, stage, prepared=prepared, mask=mask)[:, stage + 1:stage + 1 + T]
+        return self.model(delayed, stage, *text, **prepared, mask=mask)[:, stage + 1:stage + 1 + T]

@@ -139,12 +139,13 @@ def hybrid_attention_mask(n_positions, prompt, stage=0, context=-1):
             [0, 0, 0, 1, 1, 1, 1],
             [0, 0, 0, 0, 1, 1, 1]], dtype=torch.int32)
     """
-    position = torch.arange(n_positions)
+    prompt = torch.as_tensor(prompt)
+    position = torch.arange(n_positions, device=prompt.device)
     ahead = position[None, :] - position[:, None]  # how far a key lies after a query, (S, S)
     in_reach = torch.ones_like(ahead, dtype=torch.bool)
     if stage > 0 and context >= 0:
         in_reach = (ahead >= -context - stage) & (ahead <= context)
-    in_prompt = position[:, None] < torch.as_tensor(prompt).cpu()[..., None, None]  # (S, 1) or (B, S, 1)
+    in_prompt = position[:, None] < prompt[..., None, None]  # (S, 1) or (B, S, 1)
     return torch.where(in_prompt, ahead <= 0, in_reach)
 
 

@@ -1,17 +1,19 @@
-"""How to decode, and its small functions: schedules, the nucleus, and which spans to hide again [Sec. 3.3].
+"""Decoding: from a text to codes in a few parallel steps [Sec. 3.3, Sec. 3.4, Fig. 4].
 
-Pure functions on numbers and tensors, no model; `sample.py` strings them together. The spans hidden again are the least
-probable, either of those that tile the frames, as in the paper, or of all there are, as the released code offers too.
+For each codebook in turn MAGNeT starts with everything hidden and runs s steps. A step predicts all hidden tokens at
+once and keeps the spans it is surest of; the least probable spans are hidden again and predicted anew. Small pure
+functions, one per idea, come first; `generate` strings them together. Decoding from left to right is in
+`autoregressive.py`; windows, gaps and the command line are in `sample.py`.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 
 from cli import option
-from masking import cosine_schedule
+from masking import cosine_schedule, hide_codes
 
 PAPER_STEPS = (20, 10, 10, 10)  # for K codebooks: 20, and 10 for each later one
 FIXED = -1e4  # added to a span's score for what must stay as it is; far below any score that a probability gives
@@ -32,24 +34,26 @@ class SamplingConfig:
     span_scoring: str = option("max", "a span's probability: of its best token, or the product", ("max", "prod"))
     schedule: str = option("paper", "mask rates as in the paper or as in the released code", ("paper", "released"))
     greedy: bool = option(False, "take the most probable token instead of sampling")
+    ar_guidance: float = option(3.0, "autoregressive and hybrid models, from left to right: guidance")
+    ar_top_k: int = option(250, "the same: keep only the k most probable tokens; 0 keeps all")
+    ar_temperature: float = option(1.0, "the same: softmax temperature")
+    hybrid_seconds: float = option(1.0, "hybrid models: seconds to write from left to right before the rest")
 
     def __post_init__(self):
         if not self.decoding_steps or min(self.decoding_steps) < 1:
             raise ValueError(f"decoding_steps must be positive, one for each codebook, not {self.decoding_steps}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (keep all) or positive, not {self.top_k}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be zero or positive, not {self.temperature}")
-        if not (math.isfinite(self.guidance_start) and math.isfinite(self.guidance_end)):
-            raise ValueError(f"guidance must be finite, not {self.guidance_start} -> {self.guidance_end}")
-        if self.span_arrangement not in ("nonoverlap", "stride1"):
-            raise ValueError(f"span_arrangement must be nonoverlap or stride1, not {self.span_arrangement!r}")
-        if self.span_scoring not in ("max", "prod"):
-            raise ValueError(f"span_scoring must be max or prod, not {self.span_scoring!r}")
-        if self.schedule not in ("paper", "released"):
-            raise ValueError(f"schedule must be paper or released, not {self.schedule!r}")
+        for name in ("top_k", "temperature", "ar_top_k", "ar_temperature", "hybrid_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be zero or positive, not {getattr(self, name)}")
+        if not all(map(math.isfinite, (self.guidance_start, self.guidance_end, self.ar_guidance))):
+            raise ValueError(f"guidance must be finite, not {self.guidance_start} -> {self.guidance_end}, or "
+                             f"{self.ar_guidance} from left to right")
+        for field in fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} must be {' or '.join(choices)}, not {value!r}")
 
 
 def fit_steps(config, n_codebooks):
@@ -171,3 +175,152 @@ def spans_to_hide(confidence, fixed, rate, given, span_len, config):
     # The rate counts the spans that were open at first: those with a frame that was not given.
     n_spans = int(F.pad(~given, (0, -len(given) % span_len)).view(-1, span_len).any(dim=1).sum())
     return hide_nonoverlapping(tokens, fixed, max(int(rate * n_spans), 1), span_len, config.span_scoring)
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+def guided_logits(model, seen, stage, prepared, scale):
+    """[Sec. 3.3] Classifier-free guidance: uncond + scale * (cond - uncond), (B, T, card).
+
+    seen: (B, K, T) with mask tokens; prepared: `model.prepare_text` of B prompts followed by B null conditions, or
+    None for no text. Both halves run as one batch; where the scale makes one irrelevant it is skipped.
+    """
+    if prepared is None:
+        return model(seen, stage)
+    if scale == 0:
+        return model(seen, stage, prepared=[keys_values[:, len(seen):] for keys_values in prepared])
+    if math.isclose(scale, 1, abs_tol=1e-6):
+        return model(seen, stage, prepared=[keys_values[:, :len(seen)] for keys_values in prepared])
+    cond, uncond = model(seen.repeat(2, 1, 1), stage, prepared=prepared).chunk(2)
+    return uncond + scale * (cond - uncond)
+
+
+def with_null_condition(text, text_mask, negative=None):
+    """[Sec. 3.3] B prompts, then as many null conditions, which are all zero, or `negative` ones (text, mask) instead.
+
+    text: (B, N, D), text_mask: (B, N), those of `negative` with 1 or B rows -> (2 B, N', D), (2 B, N').
+    """
+    null, null_mask = negative or (text * 0, text_mask * 0)
+    N = max(text.shape[1], null.shape[1])
+    null, null_mask = null.to(text).expand(len(text), -1, -1), null_mask.to(text_mask).expand(len(text), -1)
+    return (torch.cat([F.pad(x, (0, 0, 0, N - x.shape[1])) for x in (text, null)]),
+            torch.cat([F.pad(x, (0, N - x.shape[1])) for x in (text_mask, null_mask)]))
+
+
+def prepare_both(model, text, text_mask, negative=None):
+    """`prepare_text` of the prompts, then of as many null conditions: what `guided_logits` wants. None for no text."""
+    if text is None:
+        return None
+    device = model.out_norm.weight.device
+    return model.prepare_text(*with_null_condition(text.to(device), text_mask.to(device), negative))
+
+
+def check_arguments(model, objectives, text, n_frames, audio_prompt, given=None):
+    """The audio prompt (B, K, P) that decoding starts from, empty for None, with mask tokens where it is not `given`.
+
+    ValueError if the model was not trained for one of `objectives`, or the other arguments do not fit it.
+    """
+    K = model.config.n_codebooks
+    if model.config.objective not in objectives:
+        raise ValueError(f"the model's objective is {model.config.objective}; this decoding wants "
+                         f"{' or '.join(objectives)}")
+    if n_frames < 1:
+        raise ValueError(f"n_frames must be at least 1, not {n_frames}")
+    if audio_prompt is None:
+        audio_prompt = torch.empty(1 if text is None else len(text), K, 0, dtype=torch.long)
+    B, P = audio_prompt.shape[0], audio_prompt.shape[2]
+    if audio_prompt.shape[1] != K or P > n_frames or (text is not None and len(text) != B):
+        raise ValueError(f"audio_prompt has shape {tuple(audio_prompt.shape)}; want as many rows as prompts, "
+                         f"{K} codebooks and at most {n_frames} frames")
+    if given is None:
+        given = torch.arange(n_frames) < P
+    if given.shape != (n_frames,) or given[P:].any():
+        raise ValueError(f"given must be {n_frames} booleans, False beyond the {P} frames of audio_prompt")
+    device = model.out_norm.weight.device
+    audio_prompt, given = audio_prompt.to(device), given[:P].to(device)
+    kept = audio_prompt[:, :, given]
+    if kept.numel() and not 0 <= kept.min() <= kept.max() < model.config.card:
+        raise ValueError(f"audio_prompt must hold codes from 0 to {model.config.card - 1}")
+    return audio_prompt.masked_fill(~given, model.mask_id)
+
+
+def rescoring(rescorer, weight, text, text_mask):
+    """[Sec. 3.4, Eq. 5] A function that mixes another model's probabilities into the confidence; None at weight 0.
+
+    rescorer: anything with `score_codes(codes, stage, text, text_mask)` -> (B, T), the probability of each token.
+    Deviation: as in Fig. 4 the weight is the rescorer's and only the ranking of spans changes; in Eq. 5 it is MAGNeT's.
+    """
+    if not 0 <= weight <= 1 or (weight and rescorer is None):
+        raise ValueError(f"rescorer_weight must be between 0 and 1, and 0 without a rescorer, not {weight}")
+    if weight == 0:
+        return None
+
+    def rescore(confidence, codes, stage):
+        prompts = (None, None) if text is None else (text.to(codes.device), text_mask.to(codes.device))
+        return torch.lerp(confidence, rescorer.score_codes(codes, stage, *prompts).to(confidence), weight)
+    return rescore
+
+
+def decode_stage(model, codes, stage, given, prepared, config, generator=None, on_step=None, rescore=None):
+    """[Sec. 3.3, Fig. 4] Fill in codebook `stage`: codes (B, K, T) -> new tokens (B, T).
+
+    given: (T,) bool, True at the frames whose tokens stay. Only hidden positions are ever sampled. rescore: see
+    `rescoring`.
+    """
+    steps, released = config.decoding_steps[stage], config.schedule == "released"
+    codes, prompt = codes.clone(), codes
+    fixed, confidence = given.expand(len(codes), -1), None  # (B, T)
+    for step in range(0 if given.all() else steps):
+        rate = mask_rate(step, steps, config.schedule)
+        hidden = ~fixed  # at first all that is not given
+        if step > 0:
+            hidden = spans_to_hide(confidence, fixed, rate, given, model.config.span_len, config)
+            # Deviation: with stride1 the released code may hide again, and so sample again, what was fixed.
+            hidden = hidden & ~(given if released else fixed)
+        seen = hide_codes(codes, stage, hidden, model.mask_id)
+        if released:  # it shows the upper codebooks of the audio prompt, which training always hides
+            seen = torch.where(given, prompt, seen)
+        scale = guidance_scale(rate, config.guidance_start, config.guidance_end)
+        logits = guided_logits(model, seen, stage, prepared, scale)  # (B, T, card)
+        probs = torch.softmax(logits / annealed_temperature(step, steps, config.temperature), dim=-1)
+        if config.greedy:
+            tokens = logits.argmax(dim=-1)[hidden]  # (M,), the M hidden positions
+        else:
+            kept = nucleus(probs[hidden], config.top_p, config.top_k)  # (M, card)
+            tokens = torch.multinomial(kept, 1, generator=generator)[:, 0]
+        codes[:, stage] = codes[:, stage].masked_scatter(hidden, tokens)
+        confidence = probs.amax(dim=-1)  # (B, T); what a token that is not hidden counts for in its span
+        confidence = confidence.masked_scatter(hidden, probs[hidden].gather(1, tokens[:, None]))
+        if rescore is not None:
+            confidence = rescore(confidence, codes, stage)
+        fixed = ~hidden
+        if on_step is not None:
+            on_step(stage=stage, step=step, codes=codes.clone(), hidden=hidden, confidence=confidence)
+    return codes[:, stage]
+
+
+def decode_stages(model, codes, *arguments):
+    """[Sec. 3.3] Fill in what is hidden in codes (B, K, T), codebook after codebook, in place."""
+    for stage in range(codes.shape[1]):
+        given = codes[0, stage] != model.mask_id  # the same frames in every row
+        codes[:, stage] = decode_stage(model, codes, stage, given, *arguments)
+    return codes
+
+
+@torch.inference_mode()
+def generate(model, text, text_mask, n_frames, config=None, audio_prompt=None, generator=None, on_step=None,
+             given=None, negative=None, rescorer=None, rescorer_weight=0.0):
+    """[Sec. 3.3, Fig. 4] Generate codes (B, K, T) of exactly `n_frames` frames, codebook after codebook.
+
+    text: (B, N, text_dim) from the text encoder and text_mask (B, N), or None and None for music without a prompt;
+    audio_prompt: codes (B, K, P), P <= T, which the result begins with; generator: a `torch.Generator` on the model's
+    device (the same seed and device give the same codes); on_step(stage, step, codes, hidden, confidence) is called
+    after every decoding step; given: (T,) bool, which of the T frames of audio_prompt to keep (all, by default: with a
+    gap in the middle this is inpainting); negative: (text, text_mask) of 1 or B rows in place of the null condition;
+    rescorer, rescorer_weight: see `rescoring`. Raises ValueError where an argument does not fit the model.
+    """
+    config = fit_steps(config or SamplingConfig(), model.config.n_codebooks)
+    audio_prompt = check_arguments(model, ("magnet",), text, n_frames, audio_prompt, given)
+    codes = F.pad(audio_prompt, (0, n_frames - audio_prompt.shape[2]), value=model.mask_id)
+    return decode_stages(model, codes, prepare_both(model, text, text_mask, negative), config, generator, on_step,
+                         rescoring(rescorer, rescorer_weight, text, text_mask))

@@ -27,7 +27,9 @@ T5_FILES = ("|".join(WEIGHTS), "spiece.model")
 T5_REPOSITORIES = {"t5-small": "google-t5/t5-small", "t5-base": "google-t5/t5-base"}  # short name: repository
 MODELS = tuple(f"facebook/{name}" for name in (
     "magnet-small-10secs", "magnet-medium-10secs", "magnet-small-30secs", "magnet-medium-30secs",
-    "audio-magnet-small", "audio-magnet-medium"))
+    "audio-magnet-small", "audio-magnet-medium", "musicgen-small", "musicgen-medium"))
+MUSIC_SAMPLING = {"schedule": "released"}  # what differs from `decoding.SamplingConfig` for published models
+SOUND_SAMPLING = MUSIC_SAMPLING | {"temperature": 3.5, "top_p": 0.8, "guidance_start": 20.0, "guidance_end": 1.0}
 CHUNK = 1 << 20
 
 
@@ -136,6 +138,25 @@ def beside(folder, name):
 def weights_file(folder):
     """The weights in a folder of the hub's layout: model.safetensors, or else pytorch_model.bin (there or not)."""
     return next((Path(folder, file) for file in WEIGHTS if Path(folder, file).is_file()), Path(folder, WEIGHTS[-1]))
+
+
+def fetch_published(name):
+    """Download what is missing of a published model, of its codec and of its text encoder; gives the model's folder."""
+    wanted = {name: MODEL_FILES, T5_REPOSITORIES["t5-base"]: T5_FILES}
+    if not name.startswith("facebook/audio-"):  # whose codec is among the model's own files
+        wanted[CODEC] = CODEC_FILES
+    fetch(wanted)
+    return cache_folder(name)
+
+
+def published_names(text, folder):
+    """What a published model asks for, by its YAML text: {"codec", "text_encoder", "sampling"}; local files first."""
+    settings, codec = read_yaml(text), folder / MODEL_FILES[1]
+    is_music = settings.get("sample_rate", "32000") == "32000"
+    encoder = beside(folder, settings.get("conditioners.description.t5.name", "t5-base"))
+    return {"codec": beside(folder, CODEC) if is_music and not codec.is_file() else str(codec),
+            "text_encoder": str(folder) if (folder / T5_FILES[1]).is_file() else encoder,
+            "sampling": MUSIC_SAMPLING if is_music else SOUND_SAMPLING}
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -1,9 +1,10 @@
-"""What is hidden, and who may attend to whom [Sec. 3.1, Sec. 3.2, App. C].
+"""What is hidden, and who may attend to whom [Sec. 3.1, Sec. 3.2, App. C, App. D].
 
 Pure functions on tensors, no model. MAGNeT learns to fill in hidden tokens; here are the cosine schedule that says how
-many, the spans that say which, and the attention mask of the restricted context. A *hidden* mask is True where a token
-is hidden; an *attention* mask is True where a query may attend. It leaves out the choice of spans to hide again while
-decoding, which needs the model's probabilities: see `sample.py`.
+many, the spans that say which, and the attention mask of the restricted context. Autoregressive and hybrid models
+delay their codebooks and have attention masks of their own. A *hidden* mask is True where a token is hidden; an
+*attention* mask is True where a query may attend. It leaves out the choice of spans to hide again while decoding, which
+needs the model's probabilities: see `sample.py`.
 """
 
 import math
@@ -98,3 +99,75 @@ def restricted_attention_mask(n_frames, context):
     """
     frames = torch.arange(n_frames)
     return (frames[:, None] - frames[None, :]).abs() <= context
+
+
+def causal_attention_mask(n_queries, n_keys):
+    """[Eq. 1] Each position sees itself and what is before it: (n_queries, n_keys) bool, True = may attend.
+
+    The queries are the last of the positions, as when the first ones have been read already.
+
+    >>> causal_attention_mask(2, 4).int()
+    tensor([[1, 1, 1, 0],
+            [1, 1, 1, 1]], dtype=torch.int32)
+    """
+    query, key = torch.arange(n_keys - n_queries, n_keys), torch.arange(n_keys)
+    return key <= query[:, None]
+
+
+def hybrid_attention_mask(n_positions, prompt, stage=0, context=-1):
+    """[App. D, Fig. 7] The first `prompt` positions attend causally, the others to all: (S, S) bool, True = may attend.
+
+    prompt: int, or (B,) long, which gives (B, S, S). At stages after the first the others see only the positions which
+    hold frames within `context` frames of their own, in any codebook up to the stage's: since codebook k comes k
+    positions after the first (`delay_codes`), that is from `context + stage` before them to `context` after them.
+    context: in frames; -1: all. Deviation: the paper says that the window is adapted to the delays, not how.
+
+    >>> hybrid_attention_mask(7, 3).int()
+    tensor([[1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 1, 1, 1, 1],
+            [1, 1, 1, 1, 1, 1, 1],
+            [1, 1, 1, 1, 1, 1, 1],
+            [1, 1, 1, 1, 1, 1, 1]], dtype=torch.int32)
+    >>> hybrid_attention_mask(7, 3, stage=1, context=1).int()
+    tensor([[1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0],
+            [0, 1, 1, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1, 1, 0],
+            [0, 0, 0, 1, 1, 1, 1],
+            [0, 0, 0, 0, 1, 1, 1]], dtype=torch.int32)
+    """
+    prompt = torch.as_tensor(prompt)
+    position = torch.arange(n_positions, device=prompt.device)
+    ahead = position[None, :] - position[:, None]  # how far a key lies after a query, (S, S)
+    in_reach = torch.ones_like(ahead, dtype=torch.bool)
+    if stage > 0 and context >= 0:
+        in_reach = (ahead >= -context - stage) & (ahead <= context)
+    in_prompt = position[:, None] < prompt[..., None, None]  # (S, 1) or (B, S, 1)
+    return torch.where(in_prompt, ahead <= 0, in_reach)
+
+
+def delay_codes(codes, special):
+    """[App. D] MusicGen's delay pattern: (B, K, T) -> (B, K, T + K), codebook k beginning one position after k - 1.
+
+    Position 0 is the start, where nothing is known; a position holds what one step of autoregressive decoding writes.
+    `special` fills the places without a code; published models use the mask token.
+
+    >>> delay_codes(torch.tensor([[[11, 12, 13], [21, 22, 23], [31, 32, 33]]]), 0)
+    tensor([[[ 0, 11, 12, 13,  0,  0],
+             [ 0,  0, 21, 22, 23,  0],
+             [ 0,  0,  0, 31, 32, 33]]])
+    """
+    B, K, T = codes.shape
+    delayed = codes.new_full((B, K, T + K), special)
+    for k in range(K):
+        delayed[:, k, k + 1:k + 1 + T] = codes[:, k]
+    return delayed
+
+
+def undelay_codes(delayed):
+    """[App. D] The inverse of `delay_codes`: (B, K, T + K) -> (B, K, T)."""
+    K, T = delayed.shape[1], delayed.shape[2] - delayed.shape[1]
+    return torch.stack([delayed[:, k, k + 1:k + 1 + T] for k in range(K)], dim=1)

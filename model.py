@@ -1,11 +1,13 @@
-"""The MAGNeT transformer, written out [Sec. 2, Sec. 3.2], and the reader for its published weights.
+"""The MAGNeT transformer, written out [Sec. 2, Sec. 3.2], and the reader for its and MusicGen's published weights.
 
 One pre-norm transformer serves all codebook levels ("stages"): the first attends everywhere, the later ones only to a
-few frames on either side. It leaves out everything that only large-scale training needs, and the text encoder: its
-input is T5's output, projected here to the model's width.
+few frames on either side. The same class is the autoregressive model and the hybrid one: they are given other masks.
+It leaves out everything that only large-scale training needs, and the text encoder: its input is T5's output, projected
+here to the model's width.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from torch import nn
 
 import hub
 from hub import load_strictly
-from masking import restricted_attention_mask
+from masking import causal_attention_mask, delay_codes, hide_codes, restricted_attention_mask
+
+OBJECTIVES = ("magnet", "ar", "hybrid")
 
 
 @dataclass
@@ -34,8 +38,11 @@ class ModelConfig:
     span_len: int = 3  # frames per span of the training masks
     seconds: float = 4.0  # length of the training clips
     dropout: float = 0.0
+    objective: str = "magnet"  # or ar (autoregressive) or hybrid; these two read codebooks through `delay_codes`
 
     def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
         for name in ("n_codebooks", "card", "dim", "n_heads", "n_layers", "ffn_mult", "text_dim", "span_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -65,8 +72,24 @@ def local_attention(q, k, v, context):
     return out.reshape(B, H, n * block, D)[:, :, :T]
 
 
+class Cache:
+    """The keys and values that one block has computed so far, with room for `length` positions [Eq. 1]."""
+
+    def __init__(self, length):
+        self.length, self.filled, self.stored = length, 0, None
+
+    def append(self, keys_values):
+        """(2, B, H, T, D) of the next T positions -> those of all positions so far."""
+        *shape, T, D = keys_values.shape
+        if self.stored is None:
+            self.stored = keys_values.new_empty(*shape, self.length, D)
+        self.stored[..., self.filled:self.filled + T, :] = keys_values
+        self.filled += T
+        return self.stored[..., :self.filled, :]
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention without biases; full, or restricted to a local context."""
+    """Multi-head self-attention without biases: full, within a local context, as a mask says, or with a cache."""
 
     def __init__(self, config):
         super().__init__()
@@ -74,11 +97,19 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x, context=None):
-        """x (B, T, C) -> (B, T, C); `context` in frames, None for full attention."""
+    def forward(self, x, context=None, mask=None, cache=None):
+        """x (B, T, C) -> (B, T, C); `context` in frames, None for full attention; or `mask` (T, T) or (B, T, T) bool.
+
+        With a `cache` the frames are those that follow the ones in it, and see those and what is before themselves.
+        """
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if context is None or T <= context + 1:
+        q, k, v = qkv = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(qkv[1:])
+            mask = causal_attention_mask(T, k.shape[2]).to(x.device) if T > 1 else None
+        if mask is not None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if mask.dim() == 2 else mask[:, None])
+        elif context is None or T <= context + 1:
             out = F.scaled_dot_product_attention(q, k, v)
         elif T <= 2 * context + 32:  # one block would hold everything
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=restricted_attention_mask(T, context).to(x.device))
@@ -122,22 +153,22 @@ class Block(nn.Module):
         self.linear2 = nn.Linear(config.ffn_mult * config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, context, keys_values):
-        x = x + self.dropout(self.self_attn(self.norm1(x), context))
+    def forward(self, x, keys_values, context=None, mask=None, cache=None):
+        x = x + self.dropout(self.self_attn(self.norm1(x), context, mask, cache))
         if keys_values is not None:
             x = x + self.dropout(self.cross_attn(self.norm_cross(x), keys_values))
         return x + self.dropout(self.linear2(F.gelu(self.linear1(self.norm2(x)))))
 
 
-def positions(n_frames, dim, device):
+def positions(n_frames, dim, device, start=0):
     """Sinusoidal position embedding, cosines first: (T, C) float32, phase = pos / 10000 ** (j / (C / 2 - 1))."""
     rate = 10_000 ** (-torch.arange(dim // 2, device=device) / (dim // 2 - 1))
-    phase = torch.arange(n_frames, device=device)[:, None] * rate  # (T, C / 2)
+    phase = torch.arange(start, start + n_frames, device=device)[:, None] * rate  # (T, C / 2)
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
 class MAGNeT(nn.Module):
-    """[Sec. 3.1] Codes with hidden places in, logits of one codebook out."""
+    """[Sec. 3.1] Codes with hidden places in, logits of one codebook out; or of all, each position's own head."""
 
     def __init__(self, config):
         super().__init__()
@@ -175,25 +206,49 @@ class MAGNeT(nn.Module):
         projected = self.text_proj(text.to(dtype)) * text_mask[..., None].to(dtype)  # (B, N, C)
         return [block.cross_attn.keys_values(projected) for block in self.blocks]
 
-    def forward(self, codes, stage, text=None, text_mask=None, prepared=None):
-        """Logits of codebook `stage` at every frame: (B, T, card) float32.
+    def forward(self, codes, stage, text=None, text_mask=None, prepared=None, mask=None, cache=None):
+        """Logits of codebook `stage` at every frame: (B, T, card) float32; of all codebooks, (B, K, T, card), if None.
 
         codes: (B, K, T) long with mask tokens in place (see `masking.hide_codes`); stage: 0-based codebook;
         text: (B, N, text_dim) and text_mask: (B, N); text=None is the null condition. `prepared`, from
-        `prepare_text`, stands in for text and text_mask.
+        `prepare_text`, stands in for text and text_mask. Who attends to whom: all at stage 0, and later those in the
+        restricted context; or as `mask` says, (T, T) or (B, T, T) bool, True = may attend; or causally, where `cache`,
+        one `Cache` per block, holds the frames before these.
         """
         if codes.shape[1] != self.config.n_codebooks:
             raise ValueError(f"codes have {codes.shape[1]} codebooks; this model has {self.config.n_codebooks}")
-        if not 0 <= stage < self.config.n_codebooks:
+        if stage is not None and not 0 <= stage < self.config.n_codebooks:
             raise ValueError(f"stage must be between 0 and {self.config.n_codebooks - 1}, not {stage}")
         if text is not None:
             prepared = self.prepare_text(text, torch.ones_like(text[..., 0]) if text_mask is None else text_mask)
-        context = None if stage == 0 or self.config.context < 0 else self.config.context
+        context = self.config.context if stage and self.config.context >= 0 else None
+        start = cache[0].filled if cache else 0
         x = sum(emb(codes[:, k]) for k, emb in enumerate(self.emb))  # (B, T, C)
-        x = x + positions(codes.shape[2], self.config.dim, x.device).to(x.dtype)
+        x = x + positions(codes.shape[2], self.config.dim, x.device, start).to(x.dtype)
+        mask = mask.to(x.device) if mask is not None else None
         for i, block in enumerate(self.blocks):
-            x = block(x, context, prepared[i] if prepared is not None else None)
-        return self.heads[stage](self.out_norm(x)).float()  # (B, T, card)
+            x = block(x, prepared[i] if prepared is not None else None, context, mask, cache[i] if cache else None)
+        x = self.out_norm(x)
+        if stage is None:
+            return torch.stack([head(x) for head in self.heads], dim=1).float()  # (B, K, T, card)
+        return self.heads[stage](x).float()  # (B, T, card)
+
+    def score_codes(self, codes, stage, text=None, text_mask=None):
+        """[Sec. 3.4] The probability of every token of codebook `stage`, given the others: (B, T).
+
+        codes: (B, K, T); those of later codebooks may be mask tokens. An autoregressive or hybrid model is
+        teacher-forced over all of them in one pass; a MAGNeT takes two, in which it is shown every other span in turn.
+        """
+        T = codes.shape[2]
+        if self.config.objective == "magnet":
+            odd = torch.arange(T, device=codes.device) // self.config.span_len % 2 == 1
+            even_hidden, odd_hidden = (self(hide_codes(codes, stage, hidden, self.mask_id), stage, text, text_mask)
+                                       for hidden in (~odd, odd))
+            logits = torch.where(odd[:, None], odd_hidden, even_hidden)
+        else:
+            delayed, mask = delay_codes(codes, self.mask_id), causal_attention_mask(*[T + codes.shape[1]] * 2)
+            logits = self(delayed, stage, text, text_mask, mask=mask)[:, stage:stage + T]  # each predicts what follows
+        return torch.softmax(logits, dim=-1).gather(2, codes[:, stage, :, None])[..., 0]
 
     def n_params(self):
         """The number of parameters."""
@@ -202,15 +257,15 @@ class MAGNeT(nn.Module):
     def __repr__(self):
         c = self.config
         reach = "full attention" if c.context < 0 else f"{c.context} frames of context after stage 0"
+        kind = {"magnet": "", "ar": "autoregressive", "hybrid": "hybrid, "}[c.objective]
+        kind += f"spans of {c.span_len}, {reach}" if c.objective != "ar" else ""
         return (f"MAGNeT({self.n_params() / 1e6:.1f}M parameters: {c.n_layers} layers x {c.dim} wide,"
-                f" {c.n_heads} heads, {c.n_codebooks} codebooks x {c.card} entries, spans of {c.span_len}, {reach})")
+                f" {c.n_heads} heads, {c.n_codebooks} codebooks x {c.card} entries, {kind})")
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
 TOY_MODEL = Path(__file__).parent / "toy" / "weights" / "magnet.pt"
-MUSIC_SAMPLING = {"schedule": "released"}  # what differs from `sample.SamplingConfig` for published models
-SOUND_SAMPLING = MUSIC_SAMPLING | {"temperature": 3.5, "top_p": 0.8, "guidance_start": 20.0, "guidance_end": 1.0}
 
 
 def read_checkpoint(path, keys=(), mmap=False):
@@ -243,7 +298,7 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     """
     path = TOY_MODEL if name_or_path == "toy" else Path(name_or_path)
     if not path.exists() and str(name_or_path) in hub.MODELS:
-        path = fetch_published(str(name_or_path))
+        path = hub.fetch_published(str(name_or_path))
     if path.is_dir():
         path = path / (hub.MODEL_FILES[0] if (path / hub.MODEL_FILES[0]).is_file() else "checkpoint.pt")
     if not path.is_file():
@@ -251,7 +306,7 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
                          f"file, a published state_dict.bin or its folder, or one of {', '.join(hub.MODELS)}")
     content = read_checkpoint(path, mmap=True)
     if isinstance(content, dict) and "best_state" in content:
-        return from_audiocraft(content, path, device, dtype), published_names(content["xp.cfg"], path.parent)
+        return from_audiocraft(content, path, device, dtype), hub.published_names(content["xp.cfg"], path.parent)
     with_keys(content, ("model_config", "ema", "codec", "text_encoder", "codec_id", "text_encoder_id"), path)
     try:
         with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
@@ -263,39 +318,25 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     return model.eval().requires_grad_(False), {key: content[key] for key in kept}
 
 
-def fetch_published(name):
-    """Download what is missing of a published model, of its codec and of its text encoder; gives the model's folder."""
-    wanted = {name: hub.MODEL_FILES, hub.T5_REPOSITORIES["t5-base"]: hub.T5_FILES}
-    if not name.startswith("facebook/audio-"):  # whose codec is among the model's own files
-        wanted[hub.CODEC] = hub.CODEC_FILES
-    hub.fetch(wanted)
-    return hub.cache_folder(name)
-
-
-def published_names(text, folder):
-    """What a published model asks for, by its YAML text: {"codec", "text_encoder", "sampling"}; local files first."""
-    settings, codec = hub.read_yaml(text), folder / hub.MODEL_FILES[1]
-    is_music = settings.get("sample_rate", "32000") == "32000"
-    encoder = hub.beside(folder, settings.get("conditioners.description.t5.name", "t5-base"))
-    return {"codec": hub.beside(folder, hub.CODEC) if is_music and not codec.is_file() else str(codec),
-            "text_encoder": str(folder) if (folder / hub.T5_FILES[1]).is_file() else encoder,
-            "sampling": MUSIC_SAMPLING if is_music else SOUND_SAMPLING}
-
-
 def audiocraft_config(text, text_dim):
     """The `ModelConfig` that a published model's YAML text describes. Raises KeyError if something is missing."""
     settings = hub.read_yaml(text)
-    if settings.get("lm_model", "transformer_lm_magnet") != "transformer_lm_magnet":
-        raise ValueError(f"its lm_model is {settings['lm_model']}")
 
     def number(name):
         return int(settings[f"transformer_lm.{name}"])
 
-    span_len = settings.get("masking.span_len") or number("span_len")
+    if settings.get("transformer_lm.causal") == "true":  # a MusicGen, which has neither spans nor a restricted context
+        delays = re.findall(r"\d+", settings.get("codebooks_pattern.delay.delays", ""))
+        if [int(delay) for delay in delays] != list(range(number("n_q"))):
+            raise ValueError("its codebooks are not delayed by one frame each")
+        more = {"objective": "ar", "context": -1}
+    else:
+        span_len = settings.get("masking.span_len") or settings["transformer_lm.span_len"]
+        more = {"context": number("subcodes_context"), "span_len": int(span_len)}
     return ModelConfig(
         n_codebooks=number("n_q"), card=number("card"), dim=number("dim"), n_heads=number("num_heads"),
         n_layers=number("num_layers"), ffn_mult=number("hidden_scale"), text_dim=text_dim,
-        context=number("subcodes_context"), span_len=int(span_len), seconds=float(settings["dataset.segment_duration"]))
+        seconds=float(settings["dataset.segment_duration"]), **more)
 
 
 PUBLISHED_NAMES = (  # AudioCraft's name -> ours
@@ -321,9 +362,9 @@ def from_published_names(state):
 
 
 def load_audiocraft(path, device="cpu", dtype=torch.float32):
-    """Read a published MAGNeT (`state_dict.bin`, or the folder that holds it) into a `MAGNeT` in eval mode.
+    """Read a published MAGNeT or MusicGen (`state_dict.bin`, or its folder) into a `MAGNeT` in eval mode.
 
-    Raises ValueError naming the file when it is missing, not a published MAGNeT, or does not fit its own settings.
+    Raises ValueError naming the file when it is missing, is neither of them, or does not fit its own settings.
     """
     path = Path(path)
     path = path / hub.MODEL_FILES[0] if path.is_dir() else path
@@ -341,6 +382,6 @@ def from_audiocraft(content, path, device, dtype):
         with torch.device("meta"):
             model = MAGNeT(config)
     except (KeyError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a published MAGNeT ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path}: not a published MAGNeT or MusicGen ({type(error).__name__}: {error})") from error
     load_strictly(model, state, path, dtype, device)
     return model.eval().requires_grad_(False)

@@ -1,9 +1,7 @@
-"""Decoding: from a text prompt to codes in a few parallel steps, and from there to a WAV file [Sec. 3.3, Fig. 4].
+"""From a text prompt to a WAV file: the command line, and what goes beyond single clips.
 
-For each codebook in turn MAGNeT starts with everything hidden and runs s steps. A step predicts all hidden tokens at
-once and keeps the spans it is surest of; the least probable spans are hidden again and predicted anew. `generate`
-strings together the small functions of `decoding.py`; `generate_windows` goes beyond the length of the training clips;
-the command line is at the end. Left out here: rescoring and hybrid decoding.
+A model decodes as it was trained to: in parallel (`decoding.py`), from left to right, or both (`autoregressive.py`).
+Longer pieces are made in windows as long as the training clips, and gaps are filled in sight of what is around them.
 
     python sample.py "a slow deep flute plays a rising melody, with drums" --out flute.wav
     python sample.py "80s driving pop with heavy drums" --model facebook/magnet-small-10secs --out pop.wav
@@ -17,126 +15,35 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from autoregressive import generate_autoregressive, generate_hybrid
 from cli import DTYPES, Parser, add_flags, check_same, from_flags, pick_device, pick_dtype, run
-from decoding import (
-    SamplingConfig,
-    annealed_temperature,
-    fit_steps,
-    guidance_scale,
-    mask_rate,
-    nucleus,
-    spans_to_hide,
-)
+from decoding import SamplingConfig, fit_steps, generate
 from encodec_wrap import check_audio_path, load_audio, load_codec, save_audio
-from masking import hide_codes
 from model import load_model
 from t5_encoder import T5Encoder
 
 BATCH = 16  # clips that are decoded together
 
 
-def guided_logits(model, seen, stage, prepared, scale):
-    """[Sec. 3.3] Classifier-free guidance: uncond + scale * (cond - uncond), (B, T, card).
+def generate_as_trained(model, text, text_mask, n_frames, config, audio_prompt, generator, on_step, given, frame_rate,
+                        negative=None, **rescorer):
+    """Generate codes (B, K, T) as the model was trained to: in parallel, from left to right, or both.
 
-    seen: (B, K, T) with mask tokens; prepared: `model.prepare_text` of B prompts followed by B null conditions, or
-    None for no text. Both halves run as one batch; where the scale makes one irrelevant it is skipped.
+    See `decoding.generate` for the arguments; rescorer: its last two.
     """
-    if prepared is None:
-        return model(seen, stage)
-    if scale == 0:
-        return model(seen, stage, prepared=[keys_values[:, len(seen):] for keys_values in prepared])
-    if math.isclose(scale, 1, abs_tol=1e-6):
-        return model(seen, stage, prepared=[keys_values[:, :len(seen)] for keys_values in prepared])
-    cond, uncond = model(seen.repeat(2, 1, 1), stage, prepared=prepared).chunk(2)
-    return uncond + scale * (cond - uncond)
-
-
-def decode_stage(model, codes, stage, given, prepared, config, generator=None, on_step=None):
-    """[Sec. 3.3, Fig. 4] Fill in codebook `stage`: codes (B, K, T) -> new tokens (B, T).
-
-    given: (T,) bool, True at the frames whose tokens stay. Only hidden positions are ever sampled.
-    """
-    steps, released = config.decoding_steps[stage], config.schedule == "released"
-    codes, prompt = codes.clone(), codes
-    fixed, confidence = given.expand(len(codes), -1), None  # (B, T)
-    for step in range(0 if given.all() else steps):
-        rate = mask_rate(step, steps, config.schedule)
-        hidden = ~fixed  # at first all that is not given
-        if step > 0:
-            hidden = spans_to_hide(confidence, fixed, rate, given, model.config.span_len, config)
-            # Deviation: with stride1 the released code may hide again, and so sample again, what was fixed.
-            hidden = hidden & ~(given if released else fixed)
-        seen = hide_codes(codes, stage, hidden, model.mask_id)
-        if released:  # it shows the upper codebooks of the audio prompt, which training always hides
-            seen = torch.where(given, prompt, seen)
-        scale = guidance_scale(rate, config.guidance_start, config.guidance_end)
-        logits = guided_logits(model, seen, stage, prepared, scale)  # (B, T, card)
-        probs = torch.softmax(logits / annealed_temperature(step, steps, config.temperature), dim=-1)
-        if config.greedy:
-            tokens = logits.argmax(dim=-1)[hidden]  # (M,), the M hidden positions
-        else:
-            kept = nucleus(probs[hidden], config.top_p, config.top_k)  # (M, card)
-            tokens = torch.multinomial(kept, 1, generator=generator)[:, 0]
-        codes[:, stage] = codes[:, stage].masked_scatter(hidden, tokens)
-        confidence = probs.amax(dim=-1)  # (B, T); what a token that is not hidden counts for in its span
-        confidence = confidence.masked_scatter(hidden, probs[hidden].gather(1, tokens[:, None]))
-        fixed = ~hidden
-        if on_step is not None:
-            on_step(stage=stage, step=step, codes=codes.clone(), hidden=hidden, confidence=confidence)
-    return codes[:, stage]
-
-
-def with_null_condition(text, text_mask, negative=None):
-    """[Sec. 3.3] B prompts, then as many null conditions, which are all zero, or `negative` ones (text, mask) instead.
-
-    text: (B, N, D), text_mask: (B, N), those of `negative` with 1 or B rows -> (2 B, N', D), (2 B, N').
-    """
-    null, null_mask = negative or (text * 0, text_mask * 0)
-    N = max(text.shape[1], null.shape[1])
-    null, null_mask = null.to(text).expand(len(text), -1, -1), null_mask.to(text_mask).expand(len(text), -1)
-    return (torch.cat([F.pad(x, (0, 0, 0, N - x.shape[1])) for x in (text, null)]),
-            torch.cat([F.pad(x, (0, N - x.shape[1])) for x in (text_mask, null_mask)]))
-
-
-@torch.inference_mode()
-def generate(model, text, text_mask, n_frames, config=None, audio_prompt=None, generator=None, on_step=None,
-             given=None, negative=None):
-    """[Sec. 3.3, Fig. 4] Generate codes (B, K, T) of exactly `n_frames` frames, codebook after codebook.
-
-    text: (B, N, text_dim) from the text encoder and text_mask (B, N), or None and None for music without a prompt;
-    audio_prompt: codes (B, K, P), P <= T, which the result begins with; generator: a `torch.Generator` on the model's
-    device (the same seed and device give the same codes); on_step(stage, step, codes, hidden, confidence) is called
-    after every decoding step; given: (T,) bool, which of the T frames of audio_prompt to keep (all, by default: with a
-    gap in the middle this is inpainting); negative: (text, text_mask) of 1 or B rows in place of the null condition.
-    Raises ValueError where an argument does not fit the model.
-    """
-    K, device = model.config.n_codebooks, model.out_norm.weight.device
-    config = fit_steps(config or SamplingConfig(), K)
-    if n_frames < 1:
-        raise ValueError(f"n_frames must be at least 1, not {n_frames}")
-    if audio_prompt is None:
-        audio_prompt = torch.empty(1 if text is None else len(text), K, 0, dtype=torch.long)
-    B, P = audio_prompt.shape[0], audio_prompt.shape[2]
-    if audio_prompt.shape[1] != K or P > n_frames or (text is not None and len(text) != B):
-        raise ValueError(f"audio_prompt has shape {tuple(audio_prompt.shape)}; want as many rows as prompts, "
-                         f"{K} codebooks and at most {n_frames} frames")
-    if given is None:
-        given = torch.arange(n_frames) < P
-    if given.shape != (n_frames,) or given[P:].any():
-        raise ValueError(f"given must be {n_frames} booleans, False beyond the {P} frames of audio_prompt")
-    given = given.to(device)
-    codes = torch.full((B, K, n_frames), model.mask_id, device=device)
-    codes[:, :, :P] = audio_prompt
-    kept = codes[:, :, given]
-    if kept.numel() and not 0 <= kept.min() <= kept.max() < model.config.card:
-        raise ValueError(f"audio_prompt must hold codes from 0 to {model.config.card - 1}")
-    codes[:, :, ~given] = model.mask_id
-    prepared = None
-    if text is not None:
-        prepared = model.prepare_text(*with_null_condition(text.to(device), text_mask.to(device), negative))
-    for stage in range(K):
-        codes[:, stage] = decode_stage(model, codes, stage, given, prepared, config, generator, on_step)
-    return codes
+    clip = (model, text, text_mask, n_frames)
+    if model.config.objective == "magnet":
+        return generate(*clip, config, audio_prompt, generator, on_step, given, negative, **rescorer)
+    P = int(given.sum())
+    if not given[:P].all():
+        raise ValueError("only a MAGNeT can fill in a gap; this model writes from left to right")
+    more = (audio_prompt[:, :, :P], generator, on_step, negative)
+    if model.config.objective == "hybrid":
+        return generate_hybrid(*clip, config.hybrid_seconds, config, *more, **rescorer, frame_rate=frame_rate)
+    if rescorer.get("rescorer_weight"):
+        raise ValueError("only parallel decoding can be rescored; this model is autoregressive")
+    return generate_autoregressive(*clip, config.ar_guidance, config.ar_top_k, config.ar_temperature, config.greedy,
+                                   *more)
 
 
 def windows(given, size, overlap):
@@ -158,18 +65,18 @@ def windows(given, size, overlap):
 
 @torch.inference_mode()
 def generate_windows(model, text, text_mask, codes, given, size, overlap, config=None, generator=None, on_step=None,
-                     negative=None):
+                     frame_rate=50.0, **more):
     """Fill in the frames of `codes` (B, K, T) that are not `given` (T,), in windows as long as the training clips.
 
-    The end of one window is the audio prompt of the next; a gap is filled in sight of what is around it. `generate`
-    explains the other arguments. Deviation: the paper generates single clips.
+    The end of one window is the audio prompt of the next; a gap is filled in sight of what is around it. The other
+    arguments are those of `generate_as_trained`. Deviation: the paper generates single clips.
     """
     codes, given = codes.clone(), given.clone()
     for start in windows(given, size, overlap):
         part = slice(start, start + size)
         known = codes[:, :, part]
-        codes[:, :, part] = generate(
-            model, text, text_mask, known.shape[2], config, known, generator, on_step, given[part], negative)
+        codes[:, :, part] = generate_as_trained(model, text, text_mask, known.shape[2], config or SamplingConfig(),
+                                                known, generator, on_step, given[part], frame_rate, **more)
         given[part] = True
     return codes
 
@@ -201,6 +108,8 @@ def parse_args(defaults=None):
     parser.add_argument("--inpaint", type=Path, help="audio file in which to play something else, --from S --to S")
     parser.add_argument("--from", dest="gap_start", type=float, metavar="S", help="second at which the gap begins")
     parser.add_argument("--to", dest="gap_end", type=float, metavar="S", help="second at which the gap ends")
+    parser.add_argument("--rescorer", help="another model, as --model, whose opinion counts when spans are ranked")
+    parser.add_argument("--rescorer-weight", type=float, default=0.5, help="of its opinion, 0 to 1 (default: 0.5)")
     add_flags(parser, SamplingConfig)
     parser.set_defaults(**(defaults or {}))
     return parser.parse_args()
@@ -230,7 +139,18 @@ def load_all(args, device):
                          f"{model.config.card}")
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
     check_same(names, codec, encoder)
-    return model, config, codec, encoder
+    return model, config, codec, encoder, load_rescorer(args, names, device)
+
+
+def load_rescorer(args, names, device):
+    """The arguments of `generate` that --rescorer stands for; ValueError if it reads other codes or texts."""
+    if args.rescorer is None:
+        return {}
+    rescorer, theirs = load_model(args.rescorer, device, pick_dtype(args.dtype, device))
+    if any(theirs.get(f"{kind}_id", theirs[kind]) != names.get(f"{kind}_id", names[kind])
+           for kind in ("codec", "text_encoder")):
+        raise ValueError(f"--rescorer {args.rescorer}: has another codec or text encoder than --model {args.model}")
+    return {"rescorer": rescorer, "rescorer_weight": args.rescorer_weight}
 
 
 def read_given(args, codec, seconds, device):
@@ -280,7 +200,7 @@ def main():
     args = parse_args()
     check_args(args)
     device = pick_device(args.device)
-    model, config, codec, encoder = load_all(args, device)
+    model, config, codec, encoder, rescorer = load_all(args, device)
     known, given, samples = read_given(args, codec, args.seconds or model.config.seconds, device)
     print(model)
     size, overlap = window_size(args, model, codec, len(given))
@@ -292,10 +212,11 @@ def main():
     del encoder  # its memory is wanted: T5 has done its part
     n_steps = sum(config.decoding_steps) * len(windows(given, size, overlap)) * len(batches)
     written = iter(paths)
-    with tqdm(total=n_steps, unit="step") as bar:
+    with tqdm(total=n_steps if model.config.objective == "magnet" else None, unit="step") as bar:
         for text, text_mask, negative in batches:
             codes = generate_windows(model, text, text_mask, known.expand(len(text), -1, -1), given, size, overlap,
-                                     config, generator, lambda **_: bar.update(), negative)
+                                     config, generator, lambda **_: bar.update(), codec.frame_rate,
+                                     negative=negative, **rescorer)
             for row in codes:
                 save_audio(next(written), codec.decode(row[None])[..., :samples], codec.sample_rate)
     elapsed = time.perf_counter() - start

@@ -1,17 +1,18 @@
-"""Training: one straight loop for the paper's objective [Sec. 3.1, Sec. 4].
+"""Training: one straight loop for the paper's objective, and for the two it is compared with [Sec. 3.1, Sec. 4].
 
 A step draws a codebook (the stage) for the whole batch and, for every clip, a time t and a span mask at the rate
-cos(pi t / 2); the loss is the cross-entropy of the hidden tokens of that codebook, and of nothing else. The codec and
-the text encoder have done their work beforehand: see `data.py`. It leaves out sharding.
+cos(pi t / 2); the loss is the cross-entropy of the hidden tokens of that codebook, and of nothing else. It and those of
+the autoregressive and the hybrid model (`--objective`) are in `objectives.py`. The codec and the text encoder have done
+their work beforehand: see `data.py`. It leaves out sharding.
 Deviation: AdamW as in the paper; the released recipe sets its step sizes by D-Adaptation.
 
     python train.py --data toy --out runs/toy
+    python train.py --data toy --objective ar --out runs/ar
     python train.py --out runs/toy --resume                       # goes on as if it had never stopped
     torchrun --nproc-per-node 4 train.py --data toy --out runs/toy
 """
 
 import csv
-import itertools
 import math
 import os
 import signal
@@ -25,18 +26,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cli import Parser, add_flags, check_same, from_flags, identities, option, pick_device, positive, run, save_whole
 from data import load_data
 from encodec_wrap import load_codec
-from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
-from model import MAGNeT, ModelConfig, load_model, load_strictly, read_checkpoint
+from model import OBJECTIVES, MAGNeT, ModelConfig, load_model, load_strictly, read_checkpoint
+from objectives import LOSSES, VALIDATED, draw_step, validate
+from objectives import MASK_RATES as MASK_RATES  # for those who read what `validate` gives
 from t5_encoder import T5Encoder
 
-MASK_RATES = (0.25, 0.5, 0.75, 1.0)  # at which validation measures
 STATE_KEYS = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id",
               "model", "ema", "optimizer", "scaler", "step", "rng")
 
@@ -45,6 +45,7 @@ STATE_KEYS = ("config", "model_config", "codec", "text_encoder", "codec_id", "te
 class TrainConfig:
     """All that decides what a run learns; kept in its checkpoint."""
 
+    objective: str = option("magnet", "masked (magnet), autoregressive (ar), or both (hybrid)", OBJECTIVES)
     data: str = option("toy", "toy, a folder of audio with .txt or .json captions, or a JSON-lines manifest")
     codec: str = option("toy", "toy, encodec_24khz, or a codec file")
     text_encoder: str = option("toy", "toy, t5-small, t5-base, google/flan-t5-small, or a folder")
@@ -90,54 +91,12 @@ class TrainConfig:
             raise ValueError(f"--context-ms must be a number, negative for full context, not {self.context_ms}")
 
 
-def draw_hidden(n_clips, n_frames, span_len, generator):
-    """[Sec. 3.1] Training masks: t ~ U(0, 1) for each clip, spans at mask rate cos(pi t / 2): (B, T) bool."""
-    rate = cosine_schedule(torch.rand(n_clips, generator=generator))
-    return span_mask(spans_for_mask_rate(rate, n_frames, span_len), n_frames, span_len, generator)
-
-
-def masked_cross_entropy(model, codes, stage, hidden, counted, text, text_mask):
-    """[Sec. 3.1] Summed cross-entropy of the hidden tokens of codebook `stage`, in nats.
-
-    codes: (B, K, T); hidden: (B, T), what the model does not see; counted: (B, T), the part of it that is not padding.
-    """
-    seen = hide_codes(codes, stage, hidden, mask_id=model_of(model).mask_id)
-    logits = model(seen, stage, text, text_mask)  # (B, T, card)
-    return F.cross_entropy(logits[counted], codes[:, stage][counted], reduction="sum")
-
-
-def model_of(model):
-    """The MAGNeT inside what torch.compile or DistributedDataParallel wrapped around it."""
-    return getattr(getattr(model, "module", model), "_orig_mod", getattr(model, "module", model))
-
-
 def learning_rate(step, config):
     """[Sec. 4] Linear warm-up, then a cosine down to zero at the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
-
-
-@torch.no_grad()
-def validate(model, clips, device, amp, max_clips=64, seed=0):
-    """Cross-entropy per codebook at fixed mask rates, nats per token: {stage: {rate: value}}; always the same masks."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.linspace(0, len(clips) - 1, min(len(clips), max_clips)).long()  # from all over the set
-    T, span_len = clips.codes.shape[2], model.config.span_len
-    losses = {stage: {} for stage in range(model.config.n_codebooks)}
-    for stage, rate in itertools.product(losses, MASK_RATES):
-        total = count = 0
-        for part in rows.split(16):
-            n_spans = torch.full((len(part),), spans_for_mask_rate(rate, T, span_len))
-            hidden = span_mask(n_spans, T, span_len, generator).to(device)
-            counted = hidden & clips.valid(part).to(device)
-            codes, text, text_mask = clips.batch(part, device)
-            with amp():
-                total += masked_cross_entropy(model, codes, stage, hidden, counted, text, text_mask).item()
-            count += int(counted.sum())
-        losses[stage][rate] = total / max(1, count)
-    return losses
 
 
 class AveragedWeights:
@@ -248,16 +207,6 @@ def read_config(args, checkpoint):
     return config, state
 
 
-def draw_step(clips, n_codebooks, config, generator):
-    """[Sec. 3.1] What a step trains on: the stage, the clips' rows (B,), what is hidden (B, T), whose text stays."""
-    weights = torch.tensor(config.stage_weights or [1.0] * n_codebooks)
-    stage = int(torch.multinomial(weights, 1, generator=generator))
-    rows = torch.randint(len(clips), (config.batch_size,), generator=generator)
-    hidden = draw_hidden(config.batch_size, clips.codes.shape[2], config.span_len, generator)
-    keep_text = torch.rand(config.batch_size, generator=generator) >= config.condition_dropout
-    return stage, rows, hidden, keep_text
-
-
 def train(args, device, rank, world):
     """One process's part of a run; `world` processes draw the same batches and each takes its slice of them."""
     checkpoint = args.out / "checkpoint.pt"
@@ -281,7 +230,7 @@ def train(args, device, rank, world):
     model_config = ModelConfig(
         n_codebooks=codec.n_codebooks, card=codec.codebook_size, dim=config.dim, n_heads=config.n_heads,
         n_layers=config.n_layers, text_dim=encoder.config.d_model, text_len=config.text_len, context=context,
-        span_len=config.span_len, seconds=config.seconds, dropout=config.dropout)
+        span_len=config.span_len, seconds=config.seconds, dropout=config.dropout, objective=config.objective)
     model = MAGNeT(model_config).to(device)
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
@@ -316,8 +265,8 @@ def train(args, device, rank, world):
                 "model": model.state_dict(), "ema": averaged.weights, "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "rng": random_states(generator, device)}, checkpoint)
 
-    stages, chance = range(codec.n_codebooks), math.log(model_config.card)
-    columns = ["step", "loss", "lr", "seconds", "chance", *(f"val_{k}_{rate}" for k in stages for rate in MASK_RATES)]
+    stages, chance, kinds = range(codec.n_codebooks), math.log(model_config.card), VALIDATED[config.objective]
+    columns = ["step", "loss", "lr", "seconds", "chance", *(f"val_{k}_{kind}" for k in stages for kind in kinds)]
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / "log.csv", columns, first) if rank == 0 else None
     stopping = []
@@ -326,22 +275,21 @@ def train(args, device, rank, world):
     losses, start = [], time.time() - (log.seconds if log else 0)
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=rank > 0, unit="step")
     for step in bar:
-        stage, rows, hidden, keep_text = draw_step(clips, len(stages), config, generator)  # alike in every process
-        counted = hidden & clips.valid(rows)
-        total = max(1, int(counted.sum()))
+        rows, keep_text, task = draw_step(clips, len(stages), config, generator)  # alike in every process
+        total = max(1.0, task["counted"].sum().item())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.zero_grad(set_to_none=True)
         step_loss = torch.zeros((), device=device)
         codes, text, text_mask = clips.batch(rows)  # as one batch, since the width of the padding has a say
-        batch = codes, hidden, counted, text, text_mask * keep_text[:, None]
+        task |= {"codes": codes, "text": text, "text_mask": text_mask * keep_text[:, None]}
         parts = torch.arange(config.batch_size).view(world, config.accumulate, -1)[rank]
         for i, part in enumerate(parts):
-            codes, *rest = (x[part].to(device) for x in batch)
+            mine = {name: x[part].to(device) if torch.is_tensor(x) else x for name, x in task.items()}
             waiting = world > 1 and i + 1 < len(parts)  # gradients are exchanged after the last part
             with wrapped.no_sync() if waiting else nullcontext():
                 with amp():
-                    loss = masked_cross_entropy(wrapped, codes, stage, *rest)
+                    loss = LOSSES[config.objective](wrapped, **mine)
                 scaler.scale(loss / total * world).backward()  # DistributedDataParallel averages over processes
             step_loss += loss.detach() / total
         scaler.unscale_(optimizer)
@@ -359,8 +307,8 @@ def train(args, device, rank, world):
         if rank == 0 and (done % args.val_every == 0 or done == config.steps):
             judged.load_state_dict(averaged.weights)
             values = validate(judged, valid_clips, device, amp)
-            row = {f"val_{k}_{rate}": values[k][rate] for k in stages for rate in MASK_RATES}
-            means = "  ".join(f"{sum(values[k].values()) / len(MASK_RATES):.3f}" for k in stages)
+            row = {f"val_{k}_{kind}": values[k][kind] for k in stages for kind in kinds}
+            means = "  ".join(f"{sum(values[k].values()) / len(kinds):.3f}" for k in stages)
             bar.write(f"step {done}: validation cross-entropy per codebook {means}  (chance {chance:.3f})")
         if rank == 0 and (row or done % args.log_every == 0 or last):
             bar.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}")

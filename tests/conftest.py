@@ -57,6 +57,18 @@ def golden():
     return torch.load(DATA / "magnet_tiny_forward.pt", weights_only=True)
 
 
+@pytest.fixture(scope="session")
+def musicgen_tiny():
+    """A small random autoregressive model in MusicGen's published layout (K = 4, 64 entries)."""
+    return load_audiocraft(DATA / "musicgen_tiny_state_dict.bin")
+
+
+@pytest.fixture(scope="session")
+def musicgen_golden():
+    """What the released code computed with `musicgen_tiny`: logits of given codes, and greedy generations."""
+    return torch.load(DATA / "musicgen_tiny_forward.pt", weights_only=True)
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)

@@ -13,13 +13,17 @@ from conftest import DATA
 
 import masking
 from masking import (
+    causal_attention_mask,
     cosine_schedule,
+    delay_codes,
     expected_mask_rate,
     hide_codes,
+    hybrid_attention_mask,
     restricted_attention_mask,
     span_mask,
     spans_for_mask_rate,
     spans_from_starts,
+    undelay_codes,
 )
 
 MASK = 99  # a mask id that no code has
@@ -255,3 +259,66 @@ def test_restricted_attention_mask_with_context_0_sees_only_itself():
 def test_restricted_attention_mask_with_a_wide_context_sees_all():
     assert restricted_attention_mask(9, 8).all() and restricted_attention_mask(9, 100).all()
     assert not restricted_attention_mask(9, 7).all()
+
+
+# ------------------------------------------------------------------------- causal_attention_mask, hybrid_attention_mask
+
+@pytest.mark.parametrize("S", [1, 2, 7, 50])
+def test_causal_attention_mask_shows_each_position_itself_and_its_past(S):
+    assert causal_attention_mask(S, S).equal(torch.ones(S, S).tril().bool())
+
+
+def test_causal_attention_mask_of_the_last_queries_is_its_last_rows():
+    for n in range(1, 10):
+        assert causal_attention_mask(n, 9).equal(causal_attention_mask(9, 9)[-n:])
+
+
+def test_hybrid_attention_mask_is_causal_where_all_is_prompt():
+    for stage in range(4):
+        assert hybrid_attention_mask(9, 9, stage, 2).equal(causal_attention_mask(9, 9))
+
+
+def test_hybrid_attention_mask_without_a_prompt_is_that_of_magnet():
+    """At stage 0 all to all; later the band of Fig. 8, and what the delay adds to it."""
+    assert hybrid_attention_mask(9, 0, 0, 2).all() and hybrid_attention_mask(9, 0, 3, -1).all()
+    band = hybrid_attention_mask(30, 0, 1, 5)
+    assert (band & ~band.T).sum() == 30 - 6, "one position more to the left than to the right"
+    assert (band & band.T).equal(restricted_attention_mask(30, 5))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("context", [0, 1, 5])
+def test_hybrid_attention_mask_holds_the_frames_of_the_restricted_context_and_no_more(stage, context):
+    """A query at frame f of the stage's codebook sees frames f - context .. f + context of every codebook up to it."""
+    T, K, f = 40, 4, 20
+    frames = delay_codes(torch.arange(T).expand(1, K, T), MASK)[0, :stage + 1]  # the frame at each position, (k, S)
+    wanted = ((frames - f).abs() <= context).any(dim=0)
+    assert hybrid_attention_mask(T + K, 3, stage, context)[f + stage + 1].equal(wanted)
+
+
+@pytest.mark.parametrize("stage, context", [(0, 5), (2, 3), (3, -1)])
+def test_hybrid_attention_mask_takes_a_prompt_for_each_row(stage, context):
+    prompts = torch.tensor([1, 4, 12])
+    masks = hybrid_attention_mask(12, prompts, stage, context)
+    assert masks.shape == (3, 12, 12)
+    for mask, prompt in zip(masks, prompts.tolist(), strict=True):
+        assert mask.equal(hybrid_attention_mask(12, prompt, stage, context))
+        assert mask.any(dim=1).all() and not mask[:prompt].triu(1).any()
+
+
+# ------------------------------------------------------------------------------------------- delay_codes, undelay_codes
+
+@pytest.mark.parametrize("K", [1, 2, 4, 9])
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_undelay_codes_gives_back_what_was_delayed(K, T, generator):
+    codes = torch.randint(16, (2, K, T), generator=generator)
+    delayed = delay_codes(codes, MASK)
+    assert delayed.shape == (2, K, T + K)
+    assert undelay_codes(delayed).equal(codes)
+
+
+def test_delay_codes_begins_each_codebook_one_position_later_and_fills_the_rest(codes):
+    delayed = delay_codes(codes, MASK)
+    for k in range(4):
+        assert delayed[:, k, k + 1:k + 8].equal(codes[:, k])
+        assert (delayed[:, k, :k + 1] == MASK).all() and (delayed[:, k, k + 8:] == MASK).all()

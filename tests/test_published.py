@@ -321,8 +321,9 @@ def test_load_model_finds_a_text_encoder_laid_among_its_files(published, tmp_pat
 
 
 BAD_MODELS = {  # name: (content, what the message says)
-    "MusicGen": (lambda: read("magnet_tiny_state_dict.bin") | {"xp.cfg": "lm_model: transformer_lm"},
-                 "not a published MAGNeT.*its lm_model is transformer_lm"),
+    "a MusicGen without delays": (
+        lambda: read("magnet_tiny_state_dict.bin") | {"xp.cfg": "transformer_lm:\n  causal: true\n  n_q: 4"},
+        "not a published MAGNeT or MusicGen.*not delayed by one frame each"),
     "no YAML": (lambda: without(read("magnet_tiny_state_dict.bin"), "xp.cfg"), "lacks xp.cfg"),
     "a codec": (lambda: read(AUDIOCRAFT), "not a published MAGNeT"),
     "a text encoder": (lambda: read("t5_tiny_pytorch_model.bin"), "is not such a checkpoint"),
@@ -379,7 +380,7 @@ def test_sample_plays_a_sound_effect_model_with_its_own_codec(call, published, t
                                                        {"schedule": "paper", "top_p": 0.7})])
 def test_flags_go_before_a_published_models_own_defaults(flags, changed, call, published, monkeypatch):
     seen, real = [], sample.generate_windows
-    monkeypatch.setattr(sample, "generate_windows", lambda *args: seen.append(args[7]) or real(*args))
+    monkeypatch.setattr(sample, "generate_windows", lambda *args, **more: seen.append(args[7]) or real(*args, **more))
     assert call(sample, "pop", "--model", published, *FEW_STEPS, *flags).code == 0
     assert seen == [SamplingConfig(**{"schedule": "released", "decoding_steps": (2, 1, 1, 1)} | changed)]
 

@@ -15,7 +15,10 @@ import decoding
 import sample
 from decoding import (
     annealed_temperature,
+    decode_stage,
+    fit_steps,
     guidance_scale,
+    guided_logits,
     hide_nonoverlapping,
     hide_stride1,
     mask_rate,
@@ -26,7 +29,7 @@ from decoding import (
 )
 from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
 from model import MAGNeT
-from sample import SamplingConfig, decode_stage, fit_steps, generate, generate_windows, guided_logits, windows
+from sample import SamplingConfig, generate, generate_windows, windows
 
 GOLDEN = torch.load(DATA / "magnet_tiny_greedy.pt", weights_only=True)
 ARRANGEMENTS = pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
@@ -106,8 +109,8 @@ def test_guidance_scale_goes_from_its_start_to_its_end():
 
 
 def test_guidance_is_strong_at_first_and_weak_at_last(make_magnet, monkeypatch):
-    scales, real = [], sample.guided_logits
-    monkeypatch.setattr(sample, "guided_logits", lambda *args: scales.append(args[-1]) or real(*args))
+    scales, real = [], decoding.guided_logits
+    monkeypatch.setattr(decoding, "guided_logits", lambda *args: scales.append(args[-1]) or real(*args))
     steps_of(make_magnet(n_codebooks=1), decoding_steps=(20,), guidance_start=10.0, guidance_end=1.0)
     assert scales[0] == 10 and 1 < scales[-1] < 2
     assert scales == sorted(scales, reverse=True)
@@ -541,7 +544,7 @@ def test_a_negative_prompt_takes_the_place_of_the_null_condition(make_magnet):
     text, mask = random_text(model)
     for N in (2, 3, 5):
         negative = random_text(model, B=1, N=N, seed=1)
-        prepared = model.prepare_text(*sample.with_null_condition(text, mask, negative))
+        prepared = model.prepare_text(*decoding.with_null_condition(text, mask, negative))
         wide = max(N, 3)
         cond = model(seen, 1, F.pad(text, (0, 0, 0, wide - 3)), F.pad(mask, (0, wide - 3)))
         away = model(seen, 1, F.pad(negative[0], (0, 0, 0, wide - N)).expand(2, -1, -1),

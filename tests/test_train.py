@@ -337,11 +337,11 @@ class LossSpy:
     """Stands for masked_cross_entropy while training, and keeps what it was called with."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.function = [], masked_cross_entropy
 
     def __call__(self, model, codes, stage, hidden, counted, text, text_mask):
         self.calls.append((codes, stage, hidden, counted, text_mask))
-        return masked_cross_entropy(model, codes, stage, hidden, counted, text, text_mask)
+        return self.function(model, codes, stage, hidden, counted, text, text_mask)
 
 
 @pytest.fixture
@@ -398,8 +398,7 @@ def test_train_logs_the_mean_loss_per_hidden_token(run_tiny, tmp_path, loss_spy)
 
     def keep(*args):
         loss = function(*args)
-        if torch.is_grad_enabled():
-            spied.append(loss.item() / int(args[4].sum()))
+        spied.append(loss.item() / int(args[4].sum()))
         return loss
     loss_spy.function = keep
     run = run_tiny(tmp_path / "run", "--log-every 5")
@@ -450,6 +449,42 @@ def test_train_resume_after_a_kill_ends_bit_for_bit_as_if_never_stopped(tmp_path
     assert resumed.wait(300) == 0, resumed.stdout.read()
     assert read_log(tmp_path / "killed") == read_log(tmp_path / "whole")
     assert_same(read_checkpoint(tmp_path / "killed"), read_checkpoint(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("objective", ["ar", "hybrid"])
+def test_train_of_another_objective_resumes_and_splits_up_as_well(objective, run_tiny, tmp_path, cache, monkeypatch):
+    """Stopped and resumed it is bit for bit the same; in parts, and in two processes, it gives the same losses."""
+    flags = f"--objective {objective} --dropout 0.2 --steps 6 --val-every 6"
+    whole = run_tiny(tmp_path / "whole", flags)
+
+    def interrupt(step, config):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learning_rate(step, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", interrupt)
+        stopped = run_tiny(tmp_path / "stopped", flags)
+    assert read_checkpoint(stopped)["step"] == 3
+    run_tiny(stopped, "--resume")
+    assert read_log(stopped) == read_log(whole)
+    assert_same(read_checkpoint(stopped), read_checkpoint(whole))
+
+    flags = flags.replace("--dropout 0.2", "")  # each process draws dropout by itself
+    undropped = losses(run_tiny(tmp_path / "undropped", flags))
+    assert losses(run_tiny(tmp_path / "parts", f"{flags} --accumulate 4")) == pytest.approx(undropped, rel=1e-4)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
+    process = command(tmp_path / "two", cache, flags, launcher)
+    assert process.wait(300) == 0, process.stdout.read()
+    assert losses(tmp_path / "two") == pytest.approx(undropped, rel=1e-4)
+
+
+@pytest.mark.parametrize("objective, kinds", [("ar", ["ar"]), ("hybrid", ["0.25", "0.5", "0.75", "1.0", "ar"])])
+def test_a_checkpoint_says_its_objective_and_the_log_validates_it(objective, kinds, run_tiny, tmp_path):
+    run = run_tiny(tmp_path / "run", f"--objective {objective} --steps 2 --val-every 2")
+    assert load_model(run)[0].config.objective == objective
+    last = read_log(run)[-1]
+    assert {name for name in last if name.startswith("val_")} == {f"val_{k}_{kind}" for k in range(4) for kind in kinds}
+    assert all(abs(float(last[name]) - math.log(256)) < 1.2 for name in last if name.startswith("val_"))
 
 
 def test_train_stops_at_ctrl_c_with_a_checkpoint_from_which_it_goes_on(run_tiny, tiny_run, tmp_path, monkeypatch):

@@ -25,19 +25,20 @@ from t5_encoder import T5Encoder
 BATCH = 16  # clips that are decoded together
 
 
-def generate_as_trained(model, text, text_mask, n_frames, config, audio_prompt, generator, on_step, given, frame_rate,
-                        negative=None, **rescorer):
+def generate_as_trained(model, text, text_mask, n_frames, config, audio_prompt=None, generator=None, on_step=None,
+                        given=None, negative=None, frame_rate=50.0, **rescorer):
     """Generate codes (B, K, T) as the model was trained to: in parallel, from left to right, or both.
 
-    See `decoding.generate` for the arguments; rescorer: its last two.
+    See `decoding.generate` for the arguments (rescorer: its last two); frame_rate: the codec's.
     """
     clip = (model, text, text_mask, n_frames)
     if model.config.objective == "magnet":
         return generate(*clip, config, audio_prompt, generator, on_step, given, negative, **rescorer)
-    P = int(given.sum())
-    if not given[:P].all():
-        raise ValueError("only a MAGNeT can fill in a gap; this model writes from left to right")
-    more = (audio_prompt[:, :, :P], generator, on_step, negative)
+    if given is not None:
+        audio_prompt = audio_prompt[:, :, :int(given.sum())]
+        if not given[:audio_prompt.shape[2]].all():
+            raise ValueError("only a MAGNeT can fill in a gap; this model writes from left to right")
+    more = (audio_prompt, generator, on_step, negative)
     if model.config.objective == "hybrid":
         return generate_hybrid(*clip, config.hybrid_seconds, config, *more, **rescorer, frame_rate=frame_rate)
     if rescorer.get("rescorer_weight"):
@@ -65,7 +66,7 @@ def windows(given, size, overlap):
 
 @torch.inference_mode()
 def generate_windows(model, text, text_mask, codes, given, size, overlap, config=None, generator=None, on_step=None,
-                     frame_rate=50.0, **more):
+                     **more):
     """Fill in the frames of `codes` (B, K, T) that are not `given` (T,), in windows as long as the training clips.
 
     The end of one window is the audio prompt of the next; a gap is filled in sight of what is around it. The other
@@ -76,7 +77,7 @@ def generate_windows(model, text, text_mask, codes, given, size, overlap, config
         part = slice(start, start + size)
         known = codes[:, :, part]
         codes[:, :, part] = generate_as_trained(model, text, text_mask, known.shape[2], config or SamplingConfig(),
-                                                known, generator, on_step, given[part], frame_rate, **more)
+                                                known, generator, on_step, given[part], **more)
         given[part] = True
     return codes
 
@@ -215,8 +216,8 @@ def main():
     with tqdm(total=n_steps if model.config.objective == "magnet" else None, unit="step") as bar:
         for text, text_mask, negative in batches:
             codes = generate_windows(model, text, text_mask, known.expand(len(text), -1, -1), given, size, overlap,
-                                     config, generator, lambda **_: bar.update(), codec.frame_rate,
-                                     negative=negative, **rescorer)
+                                     config, generator, lambda **_: bar.update(), negative=negative,
+                                     frame_rate=codec.frame_rate, **rescorer)
             for row in codes:
                 save_audio(next(written), codec.decode(row[None])[..., :samples], codec.sample_rate)
     elapsed = time.perf_counter() - start

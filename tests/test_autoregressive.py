@@ -246,3 +246,18 @@ def test_generate_autoregressive_can_stop_early_and_leaves_the_rest_unknown(make
     codes = generate_autoregressive(make_magnet(objective="ar"), None, None, 10, n_positions=5)
     for k in range(4):  # positions 1 to 4
         assert (codes[:, k, :4 - k] != UNKNOWN).all() and (codes[:, k, 4 - k:] == UNKNOWN).all()
+
+
+@pytest.mark.parametrize("objective", ["ar", "hybrid"])
+def test_only_a_magnet_fills_in_a_gap(objective, make_magnet):
+    codes, given = torch.zeros(1, 4, 6, dtype=torch.long), torch.tensor([True, False, False, False, False, True])
+    with pytest.raises(ValueError, match="only a MAGNeT can fill in a gap"):
+        generate_as_trained(make_magnet(objective=objective), None, None, 6, SamplingConfig(), codes, given=given)
+
+
+@pytest.mark.parametrize("objective", ["ar", "hybrid"])
+def test_generate_as_trained_begins_with_the_frames_that_are_given(objective, make_magnet):
+    model, codes = make_magnet(objective=objective), torch.randint(16, (2, 4, 9))
+    made = generate_as_trained(model, *random_text(model), 20, SamplingConfig(decoding_steps=STEPS),
+                               F.pad(codes, (0, 11)), given=torch.arange(20) < 9)
+    assert made[:, :, :9].equal(codes) and made.shape == (2, 4, 20)

@@ -465,7 +465,7 @@ def test_train_of_another_objective_resumes_and_splits_up_as_well(objective, run
         patch.setattr(train, "learning_rate", interrupt)
         stopped = run_tiny(tmp_path / "stopped", flags)
     assert read_checkpoint(stopped)["step"] == 3
-    run_tiny(stopped, "--resume")
+    run_tiny(stopped, f"{flags} --resume")
     assert read_log(stopped) == read_log(whole)
     assert_same(read_checkpoint(stopped), read_checkpoint(whole))
 

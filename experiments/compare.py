@@ -1,7 +1,7 @@
 """The paper's comparison at toy scale: autoregressive, MAGNeT, MAGNeT with rescoring, hybrid.
 
-`quality`  what the judge hears in the clips of each, their Frechet distance, and how long they took  [Tab. 1, Tab. 3]
-`latency`  seconds per batch of clips against batch size and clip length, at random weights           [Fig. 2]
+`quality`  what the judge hears in the clips of each, their Frechet distance, and how long they took, codec included
+`latency`  seconds per batch of codes against batch size and clip length, autoregressive and MAGNeT, at random weights
 `plot`     draws what the CSV files hold, and says where the curves of `latency` cross
 
 A cell that its CSV file holds is not computed again, so the same command finishes what was stopped.
@@ -14,7 +14,6 @@ A cell that its CSV file holds is not computed again, so the same command finish
 import time
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -43,7 +42,7 @@ LATENCY = ("method", "shape", "dtype", "batch", "length", "seconds", "repeats", 
 # ------------------------------------------------------------------------------------------------------------- quality
 
 def quality_cells(models):
-    """(method, setting, model, what of the sampling settings changes, weight of the rescorer), for the models there are."""
+    """(method, setting, model, changed sampling settings, weight of the rescorer), for the models there are."""
     magnet, ar, hybrid = (models.get(kind) for kind in ("magnet", "ar", "hybrid"))
     cells = [("autoregressive", "", ar, {}, 0.0)] if ar else []
     if magnet:
@@ -72,8 +71,8 @@ def embed_real(judge, n, seconds):
 def measure(name, config, seed, n, device, reference=None, **rescorer):
     """Play and judge n prompts: the measured columns of a row; reference: see `embed_real`."""
     model, names = load_model(name, device)
-    codec, encoder = load_codec(names["codec"], model.config.n_codebooks, device), T5Encoder.from_pretrained(
-        names["text_encoder"])
+    codec = load_codec(names["codec"], model.config.n_codebooks, device)
+    encoder = T5Encoder.from_pretrained(names["text_encoder"])
     check_same(names, codec, encoder)
     judge, half, row, embeddings, taken = load_judge(), n // 2, {}, [], 0.0
     for kind, split in SPLITS.items():
@@ -130,8 +129,7 @@ def compare_latency(args):
     dtype, path = pick_dtype(args.dtype, device), RESULTS / "latency.csv"
     for objective in ("magnet", "ar"):
         torch.manual_seed(0)
-        shape = SHAPES[args.shape] | {"text_len": 0, "objective": objective}
-        model = MAGNeT(ModelConfig(**shape)).to(device, dtype).eval().requires_grad_(False)
+        model = MAGNeT(ModelConfig(**SHAPES[args.shape], objective=objective)).eval().to(device, dtype)
         for length, batch in product(args.lengths, args.batches):
             cell = {"method": objective, "shape": args.shape, "dtype": str(dtype).removeprefix("torch."),
                     "batch": batch, "length": f"{length:g}", "hardware": hardware(device)}
@@ -229,7 +227,6 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="latency: how often each is timed")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="latency: of the model")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--results", type=Path, help=f"folder of the CSV files and plots (default: {RESULTS})")
     add_flags(parser, SamplingConfig)
     args = parser.parse_args()
     {"quality": compare_quality, "latency": compare_latency, "plot": draw_all}[args.part](args)

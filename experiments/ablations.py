@@ -62,14 +62,14 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def add_row(path, row):
+def add_row(path, row, columns=COLUMNS):
     """Write a results file anew with one row more, whole or not at all."""
     rows = [*read_rows(path), {name: f"{value:.4g}" if isinstance(value, float) else value
                                for name, value in row.items()}]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".tmp")
     with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     os.replace(part, path)

@@ -117,6 +117,40 @@ def test_sample_and_resume_name_a_checkpoint_that_is_damaged_or_foreign(call, ti
     assert_one_line(call(train, "--out", tmp_path, "--resume", "--cache", f"{tiny_model}-cache"), word)
 
 
+def as_objective(tiny_model, objective, path):
+    """The tiny model's weights as if they had been trained for another objective: the shapes are the same."""
+    content = checkpoint_with(tiny_model)
+    content["model_config"]["objective"] = objective
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("objective, flags", [
+    ("ar", "--ar-top-k 5"), ("ar", "--seconds 1.5 --overlap 0.3"), ("hybrid", "--hybrid-seconds 0.3"),
+    ("hybrid", "--hybrid-seconds 0 --rescorer rescorer.pt --rescorer-weight 0.5"),
+    ("magnet", "--rescorer rescorer.pt --rescorer-weight 0.5")])
+def test_sample_decodes_each_kind_of_model_as_it_was_trained(call, tiny_model, tmp_path, objective, flags):
+    model = as_objective(tiny_model, objective, tmp_path / "model.pt")
+    as_objective(tiny_model, "ar", tmp_path / "rescorer.pt")
+    ended = call(sample, "a flute", "--model", model, "--out", "a.wav", *FEW_STEPS, *flags.split())
+    assert ended.code == 0, ended.err
+    assert load_audio(tmp_path / "a.wav", 16_000).shape == (1, 24_000 if "--seconds" in flags else 16_000)
+
+
+@pytest.mark.parametrize("objective, flags, words", [
+    ("magnet", "--rescorer missing", ["missing"]), ("magnet", "--rescorer rescorer.pt --rescorer-weight 2", ["weight"]),
+    ("ar", "--rescorer rescorer.pt", ["only parallel decoding"]), ("magnet", "--rescorer other.pt", ["other.pt"]),
+    ("hybrid", "--hybrid-seconds -1", ["hybrid_seconds"]), ("ar", "--ar-temperature nan", ["ar_temperature"])])
+def test_sample_says_in_one_line_what_this_kind_of_model_cannot(call, tiny_model, tmp_path, objective, flags, words):
+    model = as_objective(tiny_model, objective, tmp_path / "model.pt")
+    as_objective(tiny_model, "ar", tmp_path / "rescorer.pt")
+    torch.save(checkpoint_with(tiny_model, codec_id="another"), tmp_path / "other.pt")
+    ended = call(sample, "a flute", "--model", model, *FEW_STEPS, *flags.split())
+    lines = [line for line in ended.err.splitlines() if "error: " in line]
+    assert ended.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words)
+    assert not (tmp_path / "out.wav").exists()
+
+
 BAD_TRAINING = {
     "--data missing": "missing", "--data empty": "empty", "--resume": "--resume", "--device nosuch": "nosuch",
     "--codec nosuch": "nosuch", "--text-encoder nosuch": "nosuch", "--text-encoder empty": "pytorch_model.bin",

@@ -788,3 +788,74 @@ def test_every_step_hides_something_even_when_little_is_left_to_do(P, T, arrange
 def test_generate_refuses_an_audio_prompt_with_codes_that_do_not_exist(wrong, make_magnet):
     with pytest.raises(ValueError, match="audio_prompt"):
         steps_of(make_magnet(), 8, torch.full((2, 4, 3), wrong))
+
+
+# ------------------------------------------------------------------------------------------------ rescoring [Sec. 3.4]
+
+class Opinion:
+    """A rescorer that gives every token the same score but those of the frames it likes, and counts its calls."""
+
+    def __init__(self, liked=()):
+        self.liked, self.calls = list(liked), []
+
+    def score_codes(self, codes, stage, text, text_mask):
+        self.calls.append((codes.clone(), stage, text))
+        scores = torch.full(codes[:, 0].shape, 0.1)
+        scores[:, self.liked] = 0.9
+        return scores
+
+
+@pytest.mark.parametrize("rescorer", [None, Opinion()])
+def test_rescoring_with_weight_0_changes_nothing_and_costs_nothing(rescorer, make_magnet):
+    model, config = make_magnet(), SamplingConfig(decoding_steps=STEPS)
+    results = [generate(model, *random_text(model), 20, config, generator=torch.Generator().manual_seed(0), **more)
+               for more in ({}, {"rescorer": rescorer, "rescorer_weight": 0.0})]
+    assert results[0].equal(results[1])
+    assert rescorer is None or not rescorer.calls
+
+
+def test_rescoring_asks_once_per_step_about_the_candidate_with_its_text(make_magnet):
+    model, opinion, steps = make_magnet(), Opinion(), []
+    text = random_text(model)
+    generate(model, *text, 20, SamplingConfig(decoding_steps=STEPS), on_step=lambda **step: steps.append(step),
+             rescorer=opinion, rescorer_weight=0.5)
+    assert len(opinion.calls) == len(steps) == sum(STEPS)
+    for (codes, stage, condition), step in zip(opinion.calls, steps, strict=True):
+        assert codes.equal(step["codes"]) and stage == step["stage"] and condition.equal(text[0])
+        assert (codes[:, :stage + 1] < model.mask_id).all(), "a candidate for every frame"
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_rescoring_mixes_the_two_probabilities(weight, make_magnet):
+    model, prepared, given = make_magnet(), None, torch.zeros(12, dtype=torch.bool)
+    confidence = []
+    for rescore in (None, decoding.rescoring(Opinion([3, 4, 5]), weight, None, None)):
+        codes = torch.full((1, 4, 12), model.mask_id)
+        decode_stage(model, codes, 0, given, prepared, SamplingConfig(decoding_steps=(1,) * 4, greedy=True),
+                     on_step=lambda **step: confidence.append(step["confidence"]), rescore=rescore)
+    opinion = Opinion([3, 4, 5]).score_codes(codes, 0, None, None)
+    torch.testing.assert_close(confidence[1], (1 - weight) * confidence[0] + weight * opinion)
+
+
+def test_rescoring_with_weight_1_keeps_what_the_rescorer_likes(make_magnet):
+    model, hidden = make_magnet(), []
+    generate(model, *random_text(model), 18, SamplingConfig(decoding_steps=(2, 1, 1, 1)),
+             on_step=lambda **step: hidden.append(step["hidden"]), rescorer=Opinion(range(6, 12)), rescorer_weight=1.0)
+    frame = torch.arange(18)
+    assert hidden[0].all() and hidden[1].equal(((frame < 6) | (frame >= 12)).expand(2, 18)), "4 of 6 spans at rate 0.71"
+
+
+@pytest.mark.parametrize("objective", ["magnet", "ar", "hybrid"])
+def test_any_kind_of_model_can_rescore_and_makes_a_difference(objective, make_magnet):
+    model, rescorer = make_magnet(), make_magnet(seed=1, objective=objective)
+    alone, rescored = (
+        generate(model, *random_text(model), 40, SamplingConfig(decoding_steps=(6, 4, 4, 4)),
+                 generator=torch.Generator().manual_seed(0), rescorer=rescorer, rescorer_weight=weight)
+        for weight in (0.0, 0.9))
+    assert rescored.shape == alone.shape and not rescored.equal(alone)
+
+
+@pytest.mark.parametrize("rescorer, weight", [(None, 0.5), (Opinion(), -0.1), (Opinion(), 1.1), (Opinion(), math.nan)])
+def test_rescoring_refuses_a_weight_that_is_none(rescorer, weight, make_magnet):
+    with pytest.raises(ValueError, match="rescorer_weight must be between 0 and 1"):
+        generate(make_magnet(), None, None, 5, rescorer=rescorer, rescorer_weight=weight)

@@ -1,0 +1,236 @@
+"""The paper's comparison at toy scale: autoregressive, MAGNeT, MAGNeT with rescoring, hybrid.
+
+`quality`  what the judge hears in the clips of each, their Frechet distance, and how long they took, codec included
+`latency`  seconds per batch of codes against batch size and clip length, autoregressive and MAGNeT, at random weights
+`plot`     draws what the CSV files hold, and says where the curves of `latency` cross
+
+A cell that its CSV file holds is not computed again, so the same command finishes what was stopped.
+
+    python -m experiments.compare quality --magnet toy --ar runs/ar --hybrid runs/hybrid
+    python -m experiments.compare latency --shape small --device cuda --dtype bf16
+    python -m experiments.compare plot
+"""
+
+import time
+from dataclasses import replace
+from itertools import product
+from statistics import median
+
+import torch
+
+from cli import DTYPES, Parser, add_flags, check_same, from_flags, pick_device, pick_dtype, run
+from encodec_wrap import load_codec
+from experiments.ablations import RESULTS, add_row, hardware, is_done, read_rows
+from model import MAGNeT, ModelConfig, load_model
+from sample import BATCH, SamplingConfig, generate_as_trained
+from t5_encoder import T5Encoder
+from toy.evaluate import SEED, SPLITS, adherence, frechet, in_parts, labels_of
+from toy.judge import load_judge
+from toy.world import describe, example
+
+WEIGHTS, PROMPTS = (0.1, 0.25, 0.5, 0.75), (0.0, 0.5, 1.0, 2.0, 4.0)  # of the rescorer; seconds of a hybrid's prompt
+FRAME_RATE = 50  # of the models of `latency`
+SHAPES = {  # of the models of `latency`
+    "small": {"dim": 1024, "n_heads": 16, "n_layers": 24, "card": 2048, "text_dim": 768},  # as magnet-small
+    "toy": {"dim": 160, "n_heads": 5, "n_layers": 6, "card": 256, "text_dim": 128},
+    "tiny": {"dim": 32, "n_heads": 2, "n_layers": 1, "card": 16, "text_dim": 8}}
+QUALITY = ("method", "setting", "seed", "n_prompts", *(f"{name}_{kind}" for kind in SPLITS for name in
+           ("overall", "low", "high")), "frechet", "seconds_per_clip", "model", "rescorer", "hardware")
+LATENCY = ("method", "shape", "dtype", "batch", "length", "seconds", "repeats", "hardware")
+
+
+# ------------------------------------------------------------------------------------------------------------- quality
+
+def quality_cells(models):
+    """(method, setting, model, changed sampling settings, weight of the rescorer), for the models there are."""
+    magnet, ar, hybrid = (models.get(kind) for kind in ("magnet", "ar", "hybrid"))
+    cells = [("autoregressive", "", ar, {}, 0.0)] if ar else []
+    if magnet:
+        cells += [("MAGNeT", "", magnet, {}, 0.0)]
+        cells += [("MAGNeT + rescoring", f"w {w:g}", magnet, {}, w) for w in WEIGHTS if ar]
+    return cells + [("hybrid", f"{s:g} s", hybrid, {"hybrid_seconds": s}, 0.0) for s in PROMPTS if hybrid]
+
+
+def play(model, codec, encoder, captions, config, device, seed, **rescorer):
+    """Generate a clip for every caption: audio (n, S) on the CPU, and the seconds it took."""
+    generator, wavs = torch.Generator(device).manual_seed(seed), []
+    n_frames, start = round(model.config.seconds * codec.frame_rate), time.perf_counter()
+    for i in range(0, len(captions), BATCH):
+        codes = generate_as_trained(model, *encoder.encode_text(captions[i:i + BATCH]), n_frames, config,
+                                    generator=generator, frame_rate=codec.frame_rate, **rescorer)
+        wavs.append(codec.decode(codes)[:, 0].cpu())
+    return torch.cat(wavs), time.perf_counter() - start
+
+
+def embed_real(judge, n, seconds):
+    """The judge's embeddings of real clips, which the Frechet distance is to."""
+    clips = [torch.from_numpy(example(i, split, SEED + 1, seconds)[0]) for split in SPLITS.values() for i in range(n)]
+    return in_parts(judge.embed, torch.stack(clips))
+
+
+def measure(name, config, seed, n, device, reference=None, **rescorer):
+    """Play and judge n prompts: the measured columns of a row; reference: see `embed_real`."""
+    model, names = load_model(name, device)
+    codec = load_codec(names["codec"], model.config.n_codebooks, device)
+    encoder = T5Encoder.from_pretrained(names["text_encoder"])
+    check_same(names, codec, encoder)
+    judge, half, row, embeddings, taken = load_judge(), n // 2, {}, [], 0.0
+    for kind, split in SPLITS.items():
+        prompts = [describe(i, split, SEED)[:2] for i in range(half)]
+        wavs, seconds = play(model, codec, encoder, [text for _, text in prompts], config, device, seed, **rescorer)
+        overall = adherence(in_parts(judge.read, wavs), torch.stack([labels_of(a) for a, _ in prompts]))["overall"]
+        row |= dict(zip((f"overall_{kind}", f"low_{kind}", f"high_{kind}"), (overall["share"], *overall["interval"]),
+                        strict=True))
+        embeddings.append(in_parts(judge.embed, wavs))
+        taken += seconds
+    reference = embed_real(judge, half, model.config.seconds) if reference is None else reference
+    return row | {"frechet": frechet(torch.cat(embeddings), reference), "seconds_per_clip": taken / (2 * half),
+                  "n_prompts": 2 * half}
+
+
+def compare_quality(args):
+    models = {kind: name for kind in ("magnet", "ar", "hybrid") if (name := getattr(args, kind))}
+    device, base, path, real = pick_device(args.device), from_flags(args, SamplingConfig), RESULTS / "quality.csv", None
+    if not models or args.n < 4:
+        raise ValueError("give at least one of --magnet, --ar, --hybrid, and --n of at least 4")
+    for seed, (method, setting, name, changes, weight) in product(args.seeds, quality_cells(models)):
+        cell = {"method": method, "setting": setting, "seed": seed, "model": name, "n_prompts": args.n // 2 * 2}
+        if is_done(path, cell):
+            continue
+        rescorer = {"rescorer": load_model(models["ar"], device)[0], "rescorer_weight": weight} if weight else {}
+        if real is None:
+            real = embed_real(load_judge(), args.n // 2, load_model(name)[0].config.seconds)
+        measured = measure(name, replace(base, **changes), seed, args.n, device, real, **rescorer)
+        add_row(path, {**cell, **measured, "rescorer": models["ar"] if weight else "", "hardware": hardware(device)},
+                QUALITY)
+        print(f"{method:20}{setting:8} seed {seed}: " + ", ".join(f"{key} {x:.3g}" for key, x in measured.items()))
+
+
+# ------------------------------------------------------------------------------------------------------------- latency
+
+def seconds_of(model, config, batch, n_frames, repeats):
+    """Median seconds to generate a batch of clips, after a short clip to warm up; nan if memory does not suffice."""
+    weight, times = model.out_norm.weight, []
+    text = torch.randn(batch, 32, model.config.text_dim, device=weight.device)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    try:
+        for n in (8, *[n_frames] * repeats):
+            start = time.perf_counter()
+            codes = generate_as_trained(model, text, torch.ones_like(text[..., 0]), n, config, generator=generator)
+            codes.sum().item()  # waits for the device
+            times.append(time.perf_counter() - start)
+    except torch.cuda.OutOfMemoryError:
+        return float("nan")
+    return median(times[1:])
+
+
+def compare_latency(args):
+    device, config = pick_device(args.device), from_flags(args, SamplingConfig)
+    dtype, path = pick_dtype(args.dtype, device), RESULTS / "latency.csv"
+    for objective in ("magnet", "ar"):
+        torch.manual_seed(0)
+        model = MAGNeT(ModelConfig(**SHAPES[args.shape], objective=objective)).eval().to(device, dtype)
+        for length, batch in product(args.lengths, args.batches):
+            cell = {"method": objective, "shape": args.shape, "dtype": str(dtype).removeprefix("torch."),
+                    "batch": batch, "length": f"{length:g}", "hardware": hardware(device)}
+            if not is_done(path, cell):
+                seconds = seconds_of(model, config, batch, round(length * FRAME_RATE), args.repeats)
+                add_row(path, {**cell, "seconds": seconds, "repeats": args.repeats}, LATENCY)
+                print(f"{objective:8} batch {batch:3}, {length:g} s: {seconds:.3f} s")
+
+
+def crossings(rows):
+    """Where autoregressive decoding becomes faster than MAGNeT as batches grow, of `latency` rows of one setting.
+
+    Gives {length: batch size, in between those measured; None where it never does}.
+    """
+    times = {(row["method"], row["length"], int(row["batch"])): float(row["seconds"]) for row in rows}
+    found = {}
+    for length in dict.fromkeys(row["length"] for row in rows):
+        batches = sorted(batch for method, of, batch in times if (method, of) == ("ar", length)
+                         and ("magnet", length, batch) in times)
+        gains = [times["ar", length, batch] / times["magnet", length, batch] for batch in batches]
+        found[length] = next((b if g <= 1 and i == 0 else
+                              batches[i - 1] * (b / batches[i - 1]) ** ((gains[i - 1] - 1) / (gains[i - 1] - g))
+                              for i, (b, g) in enumerate(zip(batches, gains, strict=True)) if g <= 1), None)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- plots
+
+def plot_quality(plt, rows, path):
+    """Adherence with its interval, and the Frechet distance, against seconds per clip; a point per cell."""
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4))
+    for panel, (name, title) in zip(panels, {"overall_seen": "adherence, seen", "overall_unseen": "adherence, unseen",
+                                             "frechet": "Frechet distance"}.items(), strict=True):
+        for colour, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            points = [row for row in rows if row["method"] == method]
+            x, y = ([float(row[column]) for row in points] for column in ("seconds_per_clip", name))
+            panel.plot(x, y, "o", color=f"C{colour}", label=method)
+            for row, at in zip(points, zip(x, y, strict=True), strict=True):
+                panel.annotate(row["setting"], at, fontsize=6)
+            if name != "frechet":
+                kind = name.removeprefix("overall_")
+                low, high = ([float(row[f"{end}_{kind}"]) for row in points] for end in ("low", "high"))
+                panel.vlines(x, low, high, color=f"C{colour}", linewidth=0.6)
+        panel.set(title=title, xlabel="seconds per clip", xscale="log")
+    panels[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_latency(plt, rows, path):
+    """Seconds per clip against batch size, a panel per clip length, both on log scales."""
+    lengths = sorted({float(row["length"]) for row in rows})
+    figure, panels = plt.subplots(1, len(lengths), figsize=(3.4 * len(lengths), 3.4), sharey=True, squeeze=False)
+    for panel, length in zip(panels[0], lengths, strict=True):
+        for method, title in (("ar", "autoregressive"), ("magnet", "MAGNeT")):
+            points = sorted((int(row["batch"]), float(row["seconds"]) / int(row["batch"])) for row in rows
+                            if row["method"] == method and float(row["length"]) == length)
+            panel.plot(*zip(*points, strict=True), "o-", label=title)
+        panel.set(title=f"clips of {length:g} s", xlabel="batch size", xscale="log", yscale="log")
+    panels[0][0].set_ylabel("seconds per clip")
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_all(args):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    quality, latency = read_rows(RESULTS / "quality.csv"), read_rows(RESULTS / "latency.csv")
+    if not quality + latency:
+        raise ValueError(f"{RESULTS} holds neither quality.csv nor latency.csv: run `quality` or `latency` first")
+    if quality:
+        plot_quality(plt, quality, RESULTS / "quality.png")
+    for setting in dict.fromkeys((row["shape"], row["dtype"], row["hardware"]) for row in latency):
+        rows = [row for row in latency if (row["shape"], row["dtype"], row["hardware"]) == setting]
+        plot_latency(plt, rows, RESULTS / f"latency-{setting[0]}-{setting[1]}-{setting[2].split()[0].strip(',')}.png")
+        for length, batch in crossings(rows).items():
+            where = "never in these batches" if batch is None else f"from a batch of about {batch:.3g} clips"
+            print(f"{', '.join(setting)}; clips of {length} s: autoregressive decoding is faster {where}")
+
+
+def main():
+    parser = Parser(description="autoregressive, masked and hybrid models compared")
+    parser.add_argument("part", choices=("quality", "latency", "plot"))
+    for kind in ("magnet", "ar", "hybrid"):
+        parser.add_argument(f"--{kind}", help="quality: the model of this kind; without it those cells are left out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="quality: of the sampling")
+    parser.add_argument("--n", type=int, default=100, help="quality: prompts per cell, half of them unseen pairs")
+    parser.add_argument("--shape", default="toy", choices=SHAPES, help="latency: of the model")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="latency: sizes")
+    parser.add_argument("--lengths", type=float, nargs="+", default=[4, 10, 30], help="latency: seconds of the clips")
+    parser.add_argument("--repeats", type=int, default=3, help="latency: how often each is timed")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="latency: of the model")
+    parser.add_argument("--device", default="auto")
+    add_flags(parser, SamplingConfig)
+    args = parser.parse_args()
+    {"quality": compare_quality, "latency": compare_latency, "plot": draw_all}[args.part](args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,101 @@
+"""What the comparison promises: each cell is computed once, with the model and the settings that its row names."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from cli import identities, save_whole
+from encodec_wrap import load_codec
+from experiments import compare
+from experiments.ablations import read_rows
+from experiments.compare import PROMPTS, WEIGHTS, crossings, quality_cells
+from t5_encoder import T5Encoder
+
+MODELS = {"magnet": "m", "ar": "a", "hybrid": "h"}
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """call("flags") runs the command line, with its results in an empty folder -> the folder."""
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+
+    def call(flags):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *flags.split(), "--device", "cpu"])
+        compare.main()
+        return tmp_path / "results"
+
+    return call
+
+
+@pytest.fixture
+def tiny_models(tmp_path, make_magnet):
+    """Random models of clips of one second, one of each kind: the flags that name them."""
+    encoder, flags = T5Encoder.from_pretrained("toy"), []
+    for kind in MODELS:
+        model = make_magnet(card=256, text_dim=encoder.config.d_model, seconds=1.0, objective=kind)
+        save_whole({"model_config": dataclasses.asdict(model.config), "ema": model.state_dict(), "codec": "toy",
+                    "text_encoder": "toy", **identities(load_codec("toy"), encoder)}, tmp_path / f"{kind}.pt")
+        flags += [f"--{kind}", str(tmp_path / f"{kind}.pt")]
+    return " ".join(flags)
+
+
+def test_quality_cells_are_all_that_the_models_allow():
+    assert len(quality_cells(MODELS)) == 2 + len(WEIGHTS) + len(PROMPTS)
+    assert {model for _, _, model, _, _ in quality_cells({"magnet": "m"})} == {"m"}
+    assert all(weight == 0 for *_, weight in quality_cells({"magnet": "m", "hybrid": "h"})), "nothing to rescore with"
+    assert len({cell[:2] for cell in quality_cells(MODELS)}) == len(quality_cells(MODELS))
+
+
+def test_quality_plays_and_judges_every_cell_once_and_is_drawn(call, tiny_models, monkeypatch):
+    monkeypatch.setattr(compare, "WEIGHTS", (0.5,))
+    monkeypatch.setattr(compare, "PROMPTS", (0.5,))
+    flags = f"quality {tiny_models} --n 4 --seeds 0 --decoding-steps 2 1 1 1"
+    rows = read_rows(call(flags) / "quality.csv")
+    assert [row["method"] for row in rows] == ["autoregressive", "MAGNeT", "MAGNeT + rescoring", "hybrid"]
+    for row in rows:
+        assert 0 <= float(row["low_seen"]) <= float(row["overall_seen"]) <= float(row["high_seen"]) <= 1
+        assert float(row["frechet"]) > 0 and float(row["seconds_per_clip"]) > 0 and row["n_prompts"] == "4"
+    monkeypatch.setattr(compare, "measure", None)  # a cell computed again would fail
+    assert read_rows(call(flags) / "quality.csv") == rows
+    assert (call("plot") / "quality.png").is_file()
+
+
+def test_latency_times_both_ways_of_decoding_once_and_is_drawn(call, monkeypatch, capsys):
+    flags = "latency --shape tiny --batches 1 2 --lengths 0.2 0.4 --repeats 1 --decoding-steps 2 1 1 1"
+    rows = read_rows(call(flags) / "latency.csv")
+    assert [(row["method"], row["length"], row["batch"]) for row in rows] == [
+        (method, length, batch) for method in ("magnet", "ar") for length in ("0.2", "0.4") for batch in ("1", "2")]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    monkeypatch.setattr(compare, "seconds_of", None)
+    assert read_rows(call(flags) / "latency.csv") == rows
+    capsys.readouterr()
+    assert (call("plot") / "latency-tiny-float32-cpu.png").is_file()
+    assert capsys.readouterr().out.count("autoregressive decoding is faster") == 2
+
+
+def row(method, batch, seconds, length="4"):
+    return {"method": method, "batch": str(batch), "seconds": str(seconds), "length": length}
+
+
+def test_crossings_lie_between_the_batches_where_the_faster_one_changes():
+    rows = [row("magnet", b, b) for b in (1, 4, 16)] + [row("ar", b, s) for b, s in ((1, 3), (4, 8), (16, 8))]
+    assert 4 < crossings(rows)["4"] < 16  # 3 times, 2 times and half of MAGNeT's seconds
+    assert crossings([row("magnet", 1, 1), row("ar", 1, 2)]) == {"4": None}
+    assert crossings([row("magnet", 1, 1), row("ar", 1, 0.5)]) == {"4": 1}
+    assert crossings([row("magnet", 1, 1), row("ar", 1, float("nan"))]) == {"4": None}
+
+
+def test_seconds_are_the_median_after_a_warm_up(make_magnet, monkeypatch):
+    clock = iter([0, 100, 100, 101, 101, 104, 104, 106])  # 100 to warm up, then 1, 3 and 2
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(compare, "generate_as_trained", lambda *_, **__: torch.zeros(1))
+    assert compare.seconds_of(make_magnet(), None, 1, 5, 3) == 2
+
+
+def test_compare_says_what_is_missing(call):
+    with pytest.raises(ValueError, match="at least one of --magnet, --ar, --hybrid"):
+        call("quality")
+    with pytest.raises(ValueError, match="holds neither"):
+        call("plot")

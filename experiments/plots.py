@@ -8,7 +8,7 @@ from statistics import mean
 import matplotlib
 
 from cli import Parser, run
-from experiments.ablations import RESULTS, read_rows
+from experiments.ablations import RESULTS, SAMPLING_CELLS, read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
@@ -52,9 +52,9 @@ def print_table(rows):
 
 def main():
     Parser(description="draw the results of the ablations").parse_args()
-    paths = sorted(RESULTS.glob("*.csv"))
+    paths = [path for path in (RESULTS / f"{name}.csv" for name in ("spans", *SAMPLING_CELLS)) if path.is_file()]
     if not paths:
-        raise ValueError(f"{RESULTS} holds no CSV file: run experiments.ablations first")
+        raise ValueError(f"{RESULTS} holds no CSV file of an ablation: run experiments.ablations first")
     for path in paths:
         rows = read_rows(path)
         draw(rows, path.with_suffix(".png"))

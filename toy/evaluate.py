@@ -164,11 +164,11 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
 
 def print_table(result):
     print(f"\nshare of {result['n_prompts']} clips in which the judge hears what the prompt asks for")
-    print(f"{'':16}" + "".join(f"{name:>15}" for name in [*ATTRIBUTES, "overall"]))
+    print(f"{'':16}" + "".join(f"{name:>17}" for name in [*ATTRIBUTES, "overall"]))
     for who, shares in result["adherence"].items():
         cells = (f"{s['share']:6.1%} {s['interval'][0]:4.0%}-{s['interval'][1]:.0%}" for s in shares.values())
-        print(f"{who:16}" + "".join(f"{cell:>15}" for cell in cells))
-    print("chance          " + "".join(f"{1 / len(values):>14.1%} " for values in ATTRIBUTES.values()))
+        print(f"{who:16}" + "".join(f"{cell:>17}" for cell in cells))
+    print("chance          " + "".join(f"{1 / len(values):>16.1%} " for values in ATTRIBUTES.values()))
     for name, case in result.get("swaps", {}).items():
         print(f"one word swapped: {name:32}{case['share']:6.1%}  {case['interval'][0]:.0%}-{case['interval'][1]:.0%}")
     for name in ("frechet", "diversity", "cross_entropy"):

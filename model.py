@@ -50,6 +50,20 @@ class ModelConfig:
             raise ValueError(f"dim must be even, at least 4 and a multiple of n_heads = {self.n_heads}, not {self.dim}")
 
 
+def attention(q, k, v, may_attend=None):
+    """softmax(q k^T / sqrt(D)) v, where `may_attend` (broadcast to (..., T, S)) is True; every row has such a place.
+
+    q: (..., T, D); k, v: (..., S, D). By hand when training on a CPU in half precision, where torch's fused kernel is
+    several times slower on sequences of a few hundred (`python -m experiments.bench`); else by that kernel.
+    """
+    if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
+    scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)
+    if may_attend is not None:
+        scores = scores.masked_fill(~may_attend, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
 def local_attention(q, k, v, context):
     """[Sec. 3.2] Attention within `context` frames on each side, in O(T * context) memory and time.
 
@@ -68,7 +82,7 @@ def local_attention(q, k, v, context):
     key = torch.arange(n, device=q.device).view(n, 1, 1) * block + torch.arange(width, device=q.device) - context
     exists = (key >= 0) & (key < T) | (query >= T)  # padded queries may see padding: no row is ever empty
     may_attend = ((query - key).abs() <= context) & exists  # (n, block, width)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)  # (B * H, n, block, D)
+    out = attention(q, k, v, may_attend)  # (B * H, n, block, D)
     return out.reshape(B, H, n * block, D)[:, :, :T]
 
 
@@ -108,11 +122,11 @@ class SelfAttention(nn.Module):
             k, v = cache.append(qkv[1:])
             mask = causal_attention_mask(T, k.shape[2]).to(x.device) if T > 1 else None
         if mask is not None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if mask.dim() == 2 else mask[:, None])
+            out = attention(q, k, v, mask if mask.dim() == 2 else mask[:, None])
         elif context is None or T <= context + 1:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = attention(q, k, v)
         elif T <= 2 * context + 32:  # one block would hold everything
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=restricted_attention_mask(T, context).to(x.device))
+            out = attention(q, k, v, restricted_attention_mask(T, context).to(x.device))
         else:
             out = local_attention(q, k, v, context)
         return self.out(out.transpose(1, 2).reshape(B, T, C))
@@ -137,7 +151,7 @@ class CrossAttention(nn.Module):
         """x (B, T, C), keys_values (2, B, H, N, D) -> (B, T, C)."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
-        out = F.scaled_dot_product_attention(q, *keys_values)
+        out = attention(q, *keys_values)
         return self.out(out.transpose(1, 2).reshape(B, T, C))
 
 
@@ -269,10 +283,7 @@ TOY_MODEL = Path(__file__).parent / "toy" / "weights" / "magnet.pt"
 
 
 def read_checkpoint(path, keys=(), mmap=False):
-    """A dictionary written by torch.save, read without running code in it; ValueError names a file that is not one.
-
-    mmap: leave the tensors in the file until they are used.
-    """
+    """A dictionary written by torch.save, read without running code in it; ValueError names a file that is not one."""
     try:
         content = hub.read_torch(path, mmap)
     except Exception as error:  # torch.load has no one type for "not a checkpoint"
@@ -292,7 +303,7 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     """Load a model: "toy", a training run, a checkpoint file, or a published one by hub name, local folder or file.
 
     Gives (MAGNeT in eval mode, of type `dtype`, {"codec": name, "text_encoder": name}), and beside the names what
-    `cli.check_same` compares, or for a published model the "sampling" that it wants. A training run gives its averaged
+    `cli.check_same` compares, and the "sampling" settings that the model wants. A training run gives its averaged
     weights. Raises ValueError naming the file for an unknown model and for a damaged or foreign checkpoint,
     ConnectionError where a download failed.
     """
@@ -314,8 +325,8 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: its model_config is not one of this version ({error})") from error
     load_strictly(model, content["ema"], path, dtype, device)
-    kept = ("codec", "text_encoder", "codec_id", "text_encoder_id")
-    return model.eval().requires_grad_(False), {key: content[key] for key in kept}
+    kept = ("codec", "text_encoder", "codec_id", "text_encoder_id", "sampling")
+    return model.eval().requires_grad_(False), {key: content[key] for key in kept if key in content}
 
 
 def audiocraft_config(text, text_dim):

@@ -6,8 +6,9 @@
 `sampling`  temperature and nucleus
 `order`     nonoverlap against stride1 spans, hidden by max or prod scores
 
-`spans` trains models of its own; the others decode with --model. A cell that the CSV holds is not computed again, and a
-training that was cut goes on, so the same command finishes what was stopped.
+`spans` trains models of its own; the others decode with --model, and with its own settings but for those in question.
+A cell that the CSV holds is not computed again, and a training that was cut goes on, so the same command finishes what
+was stopped.
 
     python -m experiments.ablations spans --steps 1500
     python -m experiments.ablations guidance steps sampling order --model toy
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 
 from cli import Parser, pick_device, run
+from model import load_model
 from sample import SamplingConfig
 from toy.evaluate import evaluate
 from toy.world import ATTRIBUTES
@@ -118,11 +120,11 @@ def ablate_spans(args, common):
 
 
 def ablate_sampling(experiment, args, common):
-    path = RESULTS / f"{experiment}.csv"
+    path, own = RESULTS / f"{experiment}.csv", SamplingConfig(**load_model(args.model)[1].get("sampling", {}))
     for seed, (setting, changes) in product(args.seeds, SAMPLING_CELLS[experiment].items()):
         cell = {"experiment": experiment, "setting": setting, "seed": seed, "model": args.model}
         if not is_done(path, cell):
-            add_row(path, {**cell, **measure(args.model, replace(SamplingConfig(), **changes), seed, args), **common})
+            add_row(path, {**cell, **measure(args.model, replace(own, **changes), seed, args), **common})
 
 
 def main():

@@ -22,9 +22,9 @@ from cli import DTYPES, Parser, add_flags, check_same, from_flags, pick_device, 
 from encodec_wrap import load_codec
 from experiments.ablations import RESULTS, add_row, hardware, is_done, read_rows
 from model import MAGNeT, ModelConfig, load_model
-from sample import BATCH, SamplingConfig, generate_as_trained
+from sample import SamplingConfig, generate_as_trained
 from t5_encoder import T5Encoder
-from toy.evaluate import SEED, SPLITS, adherence, frechet, in_parts, labels_of
+from toy.evaluate import SEED, SPLITS, adherence, frechet, in_parts, labels_of, play
 from toy.judge import load_judge
 from toy.world import describe, example
 
@@ -51,17 +51,6 @@ def quality_cells(models):
     return cells + [("hybrid", f"{s:g} s", hybrid, {"hybrid_seconds": s}, 0.0) for s in PROMPTS if hybrid]
 
 
-def play(model, codec, encoder, captions, config, device, seed, **rescorer):
-    """Generate a clip for every caption: audio (n, S) on the CPU, and the seconds it took."""
-    generator, wavs = torch.Generator(device).manual_seed(seed), []
-    n_frames, start = round(model.config.seconds * codec.frame_rate), time.perf_counter()
-    for i in range(0, len(captions), BATCH):
-        codes = generate_as_trained(model, *encoder.encode_text(captions[i:i + BATCH]), n_frames, config,
-                                    generator=generator, frame_rate=codec.frame_rate, **rescorer)
-        wavs.append(codec.decode(codes)[:, 0].cpu())
-    return torch.cat(wavs), time.perf_counter() - start
-
-
 def embed_real(judge, n, seconds):
     """The judge's embeddings of real clips, which the Frechet distance is to."""
     clips = [torch.from_numpy(example(i, split, SEED + 1, seconds)[0]) for split in SPLITS.values() for i in range(n)]
@@ -77,12 +66,13 @@ def measure(name, config, seed, n, device, reference=None, **rescorer):
     judge, half, row, embeddings, taken = load_judge(), n // 2, {}, [], 0.0
     for kind, split in SPLITS.items():
         prompts = [describe(i, split, SEED)[:2] for i in range(half)]
-        wavs, seconds = play(model, codec, encoder, [text for _, text in prompts], config, device, seed, **rescorer)
+        start = time.perf_counter()
+        wavs = play(model, codec, encoder, [text for _, text in prompts], config, device, seed, **rescorer)
+        taken += time.perf_counter() - start
         overall = adherence(in_parts(judge.read, wavs), torch.stack([labels_of(a) for a, _ in prompts]))["overall"]
         row |= dict(zip((f"overall_{kind}", f"low_{kind}", f"high_{kind}"), (overall["share"], *overall["interval"]),
                         strict=True))
         embeddings.append(in_parts(judge.embed, wavs))
-        taken += seconds
     reference = embed_real(judge, half, model.config.seconds) if reference is None else reference
     return row | {"frechet": frechet(torch.cat(embeddings), reference), "seconds_per_clip": taken / (2 * half),
                   "n_prompts": 2 * half}
@@ -228,6 +218,8 @@ def main():
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="latency: of the model")
     parser.add_argument("--device", default="auto")
     add_flags(parser, SamplingConfig)
+    if magnet := parser.parse_args().magnet:
+        parser.set_defaults(**load_model(magnet)[1].get("sampling", {}))
     args = parser.parse_args()
     {"quality": compare_quality, "latency": compare_latency, "plot": draw_all}[args.part](args)
 

@@ -18,6 +18,7 @@ from model import (
     MAGNeT,
     ModelConfig,
     SelfAttention,
+    attention,
     audiocraft_config,
     load_audiocraft,
     load_model,
@@ -65,6 +66,21 @@ def test_forward_and_hide_codes_give_the_released_loss(stage, magnet_tiny, golde
     logits = magnet_tiny(seen, stage, golden["text_embeddings"], golden["text_mask"])
     loss = F.cross_entropy(logits[expected["masked"]], codes[:, stage][expected["masked"]])
     torch.testing.assert_close(loss, expected["masked_cross_entropy"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_by_hand_equals_the_fused_kernel_in_single_precision(dtype, masked, generator):
+    q, k, v = (torch.randn(2, 3, n, 8, generator=generator, requires_grad=True) for n in (20, 30, 30))
+    may_attend = torch.rand(20, 30, generator=generator) < 0.5 if masked else None
+    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
+    half = attention(q.to(dtype), k.to(dtype), v.to(dtype), may_attend)
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), exact, atol=2e-2, rtol=2e-2)
+    probe = torch.randn(exact.shape, generator=generator)
+    for ours, theirs in zip(torch.autograd.grad(half, (q, k, v), probe.to(dtype)),
+                            torch.autograd.grad(exact, (q, k, v), probe), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=4e-2, rtol=4e-2)
 
 
 # ------------------------------------------------------------------------------------------------------ local attention

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from encodec_wrap import Codec, CodecConfig
+from model import load_model
 from t5_encoder import T5Encoder, Tokenizer
 from toy.evaluate import frechet, swap_shares, swapped_prompts, wilson
 from toy.export import main as export
@@ -414,8 +415,21 @@ def test_export_keeps_what_sampling_needs_in_half_precision(tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", ["export.py", str(tmp_path), str(tmp_path / "small.pt")])
     export()
     small = torch.load(tmp_path / "small.pt", weights_only=True)
-    assert set(small) == set(content) - {"model", "optimizer", "rng"}
+    assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling"}
     assert torch.equal(small["ema"]["w"], content["ema"]["w"].half())
+
+
+def test_sampling_settings_that_are_exported_become_the_models_own(make_magnet, tmp_path, monkeypatch):
+    model = make_magnet()
+    names = {"codec": "toy", "text_encoder": "toy", "codec_id": "c0", "text_encoder_id": "e0"}
+    torch.save({"config": {}, "model_config": vars(model.config), "step": 7, "ema": model.state_dict(), **names},
+               tmp_path / "checkpoint.pt")
+    flags = "--guidance-start 3 --top-p 0.9 --decoding-steps 40 10 10 10".split()
+    monkeypatch.setattr("sys.argv", ["export.py", str(tmp_path), str(tmp_path / "small.pt"), *flags])
+    export()
+    own = load_model(tmp_path / "small.pt")[1]["sampling"]
+    assert own == {"guidance_start": 3.0, "decoding_steps": (40, 10, 10, 10)}, "what is not the default anyway"
+    assert "sampling" not in load_model(tmp_path)[1], "a training run has none"
 
 
 def test_the_judge_that_ships_knows_the_world_as_it_is():

@@ -20,11 +20,11 @@ from cli import Parser, add_flags, check_same, from_flags, pick_device, run
 from data import collect, encode, toy_sources
 from encodec_wrap import load_codec
 from model import load_model
-from sample import SamplingConfig, generate
+from sample import BATCH, SamplingConfig, generate_as_trained
 from t5_encoder import T5Encoder
 from toy.judge import load_judge
 from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, caption, describe, example
-from train import MASK_RATES, precision, validate
+from train import precision, validate
 
 SEED = 7  # of prompts and of the real clips beside them; training uses 0 and 1
 SPLITS = {"seen": "valid", "unseen": "unseen"}
@@ -66,13 +66,14 @@ def adherence(read, labels):
     return {name: {"share": share, "interval": wilson(share, n)} for name, share in shares.items()}
 
 
-def play(model, codec, encoder, captions, config, device, seed, batch=16):
-    """Generate a clip for every caption: audio (n, S) on the CPU."""
+def play(model, codec, encoder, captions, config, device, seed, **rescorer):
+    """Generate a clip for every caption, as the model was trained to: audio (n, S) on the CPU."""
     generator, wavs = torch.Generator(device).manual_seed(seed), []
     n_frames = round(model.config.seconds * codec.frame_rate)
-    for i in tqdm(range(0, len(captions), batch), desc="generating"):
-        text, mask = encoder.encode_text(captions[i:i + batch])
-        wavs.append(codec.decode(generate(model, text, mask, n_frames, config, generator=generator))[:, 0].cpu())
+    for i in tqdm(range(0, len(captions), BATCH), desc="generating"):
+        codes = generate_as_trained(model, *encoder.encode_text(captions[i:i + BATCH]), n_frames, config,
+                                    generator=generator, frame_rate=codec.frame_rate, **rescorer)
+        wavs.append(codec.decode(codes)[:, 0].cpu())
     return torch.cat(wavs)
 
 
@@ -156,7 +157,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
         entries = toy_sources(64, "valid", model.config.seconds)
         clips = collect(entries, *encode(entries, [], codec, encoder, model.config.seconds, cache, device))
         values = validate(model, clips, device, precision("fp32", device)[0])
-        result["cross_entropy"] = {f"codebook {k + 1}": sum(values[k].values()) / len(MASK_RATES) for k in values}
+        result["cross_entropy"] = {f"codebook {k + 1}": sum(values[k].values()) / len(values[k]) for k in values}
     result["chance_cross_entropy"] = math.log(model.config.card)
     result["seconds_per_clip"] = seconds / (2 * half)
     return result
@@ -186,6 +187,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache", default="cache")
     add_flags(parser, SamplingConfig)
+    parser.set_defaults(**load_model(parser.parse_args().model)[1].get("sampling", {}))
     args = parser.parse_args()
     if args.n < 4:
         raise ValueError(f"--n must be at least 4, not {args.n}")

@@ -1,5 +1,7 @@
 """Shrink a training run to the one file that ships: config and averaged weights, in half precision.
 
+Sampling flags that are given become the model's own settings, which `sample.py` takes where it is told nothing else.
+
 The run's log goes beside it, and its validation is printed as a table: cross-entropy per codebook, in nats, mean over
 the mask rates.
 
@@ -10,8 +12,9 @@ import csv
 import shutil
 from pathlib import Path
 
-from cli import Parser, run, save_whole
+from cli import Parser, add_flags, from_flags, run, save_whole
 from model import read_checkpoint
+from sample import SamplingConfig
 
 
 def print_validation(log):
@@ -30,11 +33,14 @@ def main():
     parser = Parser(description="export a training run as a small model file")
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
+    add_flags(parser, SamplingConfig)
     args = parser.parse_args()
     kept = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id", "step")
     content = read_checkpoint(args.run / "checkpoint.pt", (*kept, "ema"))
     small = {key: content[key] for key in kept}
     small["ema"] = {name: tensor.half() for name, tensor in content["ema"].items()}
+    default = vars(SamplingConfig())
+    small["sampling"] = {k: v for k, v in vars(from_flags(args, SamplingConfig)).items() if v != default[k]}
     save_whole(small, args.out)
     log = args.run / "log.csv"
     if log.is_file():

@@ -25,7 +25,9 @@ class SamplingConfig:
     """How to decode; the defaults are the paper's."""
 
     decoding_steps: tuple[int, ...] = option(PAPER_STEPS, "steps for each codebook")
-    temperature: float = option(3.0, "softmax temperature, annealed linearly to zero")
+    temperature: float = option(3.0, "softmax temperature, annealed linearly to --temperature-end")
+    temperature_end: float = option(0.0, "the temperature of the last step")
+    span_noise: float = option(0.0, "noise in the ranking of spans, as in MaskGIT; 0: none, as in the paper")
     top_p: float = option(0.9, "nucleus: the most probable tokens that hold this much probability; 1 keeps all")
     top_k: int = option(0, "keep only the k most probable tokens; 0 keeps all")
     guidance_start: float = option(10.0, "classifier-free guidance when all is hidden")
@@ -44,7 +46,8 @@ class SamplingConfig:
             raise ValueError(f"decoding_steps must be positive, one for each codebook, not {self.decoding_steps}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        for name in ("top_k", "temperature", "ar_top_k", "ar_temperature", "hybrid_seconds"):
+        for name in ("top_k", "temperature", "temperature_end", "span_noise", "ar_top_k", "ar_temperature",
+                     "hybrid_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be zero or positive, not {getattr(self, name)}")
         if not all(map(math.isfinite, (self.guidance_start, self.guidance_end, self.ar_guidance))):
@@ -80,9 +83,9 @@ def guidance_scale(rate, start, end):
     return float(rate) * start + (1 - float(rate)) * end
 
 
-def annealed_temperature(step, steps, temperature):
-    """[Sec. 3.3] Linear from temperature * (steps - 1) / steps to zero, with a floor that keeps softmax finite."""
-    return max(temperature * (steps - 1 - step) / steps, 1e-2)
+def annealed_temperature(step, steps, start, end=0.0):
+    """[Sec. 3.3] Linear from just below `start` to `end` at the last step, with a floor that keeps softmax finite."""
+    return max(end + (start - end) * (steps - 1 - step) / steps, 1e-2)
 
 
 def nucleus(probs, top_p, top_k=0):
@@ -106,6 +109,17 @@ def token_scores(confidence, scoring):
     if scoring == "max":
         return 1 - confidence
     return -confidence.clamp(min=torch.finfo(confidence.dtype).tiny).log()
+
+
+def with_noise(confidence, noise, generator=None):
+    """Confidences (B, T) in a new order: by log p + noise * Gumbel, as ranks from 1 / T (least) to 1.
+
+    Deviation: MaskGIT's; the paper ranks spans by confidence alone, which puts off whatever is uncertain, such as where
+    a note begins, until everything around it is decided. Much noise makes the order random.
+    """
+    gumbel = -torch.empty_like(confidence).exponential_(generator=generator).log()
+    noisy = confidence.clamp(min=torch.finfo(confidence.dtype).tiny).log() + noise * gumbel
+    return (noisy.argsort(dim=1).argsort(dim=1) + 1) / confidence.shape[1]
 
 
 def span_scores(tokens, span_len, stride, scoring):
@@ -274,6 +288,8 @@ def decode_stage(model, codes, stage, given, prepared, config, generator=None, o
         rate = mask_rate(step, steps, config.schedule)
         hidden = ~fixed  # at first all that is not given
         if step > 0:
+            if config.span_noise:
+                confidence = with_noise(confidence, config.span_noise, generator)
             hidden = spans_to_hide(confidence, fixed, rate, given, model.config.span_len, config)
             # Deviation: with stride1 the released code may hide again, and so sample again, what was fixed.
             hidden = hidden & ~(given if released else fixed)
@@ -282,7 +298,8 @@ def decode_stage(model, codes, stage, given, prepared, config, generator=None, o
             seen = torch.where(given, prompt, seen)
         scale = guidance_scale(rate, config.guidance_start, config.guidance_end)
         logits = guided_logits(model, seen, stage, prepared, scale)  # (B, T, card)
-        probs = torch.softmax(logits / annealed_temperature(step, steps, config.temperature), dim=-1)
+        temperature = annealed_temperature(step, steps, config.temperature, config.temperature_end)
+        probs = torch.softmax(logits / temperature, dim=-1)
         if config.greedy:
             tokens = logits.argmax(dim=-1)[hidden]  # (M,), the M hidden positions
         else:

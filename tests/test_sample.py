@@ -26,6 +26,7 @@ from decoding import (
     span_scores,
     spans_to_hide,
     token_scores,
+    with_noise,
 )
 from masking import cosine_schedule, hide_codes, span_mask, spans_for_mask_rate
 from model import MAGNeT
@@ -120,6 +121,11 @@ def test_annealed_temperature_falls_linearly_to_a_small_positive_floor():
     temperatures = [annealed_temperature(step, 10, 3.0) for step in range(10)]
     assert temperatures[:9] == pytest.approx([2.7, 2.4, 2.1, 1.8, 1.5, 1.2, 0.9, 0.6, 0.3])
     assert 0 < temperatures[9] <= 0.01
+
+
+def test_annealed_temperature_ends_where_it_is_told():
+    assert [annealed_temperature(step, 4, 3.0, 1.0) for step in range(4)] == [2.5, 2.0, 1.5, 1.0]
+    assert {annealed_temperature(step, 7, 1.0, 1.0) for step in range(7)} == {1.0}
 
 
 def test_annealed_temperature_is_positive_even_from_zero():
@@ -252,6 +258,17 @@ def test_span_scores_with_stride_1_start_at_every_frame_that_holds_a_span():
 
 
 # --------------------------------------------------------------------------------------------------- what to hide again
+
+def test_with_noise_gives_ranks_that_follow_the_confidence_less_the_more_noise_there_is(generator):
+    confidence = torch.rand(50, 100, generator=generator)
+    agreement = []
+    for noise in (0.0, 1.0, 100.0):
+        ranks = with_noise(confidence, noise, generator)
+        assert ranks.sort(dim=1).values.equal(((torch.arange(100) + 1) / 100).expand(50, -1))
+        agreement.append(torch.corrcoef(torch.stack([confidence.flatten(), ranks.flatten()]))[0, 1])
+    assert agreement[0] > 0.99 > 0.8 > agreement[1] > 0.3 > 0.1 > agreement[2].abs()
+    assert with_noise(confidence, 0.0).equal((confidence.argsort(dim=1).argsort(dim=1) + 1) / 100)
+
 
 def test_hide_nonoverlapping_hides_the_least_probable_spans():
     confidence = torch.tensor([[0.9, 0.9, 0.9, 0.2, 0.1, 0.1, 0.5, 0.1, 0.1, 0.3, 0.1]])  # spans: 0.9, 0.2, 0.5, 0.3
@@ -569,11 +586,11 @@ def test_on_step_sees_every_step_of_every_stage(make_magnet):
 
 @ARRANGEMENTS
 @SCORINGS
-@pytest.mark.parametrize("P", [0, 7])
-def test_a_token_that_was_kept_never_changes(arrangement, scoring, P, make_magnet):
+@pytest.mark.parametrize("P, noise", [(0, 0.0), (7, 0.0), (7, 1.0)])
+def test_a_token_that_was_kept_never_changes(arrangement, scoring, P, noise, make_magnet):
     model = make_magnet()
     steps = steps_of(model, prompt=random_prompt(model, P), decoding_steps=(40, 5, 5, 5), temperature=10.0,
-                     span_arrangement=arrangement, span_scoring=scoring)
+                     span_arrangement=arrangement, span_scoring=scoring, span_noise=noise)
     for before, after in zip(steps, steps[1:], strict=False):
         if before["stage"] == after["stage"]:
             kept = ~after["hidden"]
@@ -625,6 +642,12 @@ def test_the_spans_hidden_again_are_the_least_probable(make_magnet):
         for b in range(2):
             fixed_now = was_open[b] & ~hidden[b]
             assert best[b][hidden[b]].max() <= best[b][fixed_now].min()
+
+
+def test_noise_changes_which_spans_are_hidden_and_not_how_many(make_magnet):
+    model = make_magnet(n_codebooks=1)
+    plain, noisy = (steps_of(model, 60, decoding_steps=(6,), span_noise=noise)[1]["hidden"] for noise in (0.0, 10.0))
+    assert plain.sum(dim=1).equal(noisy.sum(dim=1)) and not plain.equal(noisy)
 
 
 @pytest.mark.parametrize("P", [0, 7])

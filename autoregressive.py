@@ -100,8 +100,9 @@ def generate_hybrid(model, text, text_mask, n_frames, prompt_seconds, config=Non
                     on_step=None, negative=None, rescorer=None, rescorer_weight=0.0, frame_rate=50.0):
     """[App. D, Fig. 7] Write the first `prompt_seconds` from left to right and the rest in parallel: codes (B, K, T).
 
-    frame_rate: the codec's; the audio prompt counts as a part of the prompt; the rest is as for `generate`. The prompt
-    ends at one position of the delayed codes: codebook k of it is k frames shorter than the first, if not given.
+    frame_rate: the codec's; the audio prompt counts as a part of the prompt; the rest is as for `generate`, but that
+    on_step(position) is called while the prompt is written. The prompt ends at one position of the delayed codes:
+    codebook k of it is k frames shorter than the first, if not given.
     """
     if not 0 <= prompt_seconds < math.inf:
         raise ValueError(f"prompt_seconds must be zero or positive, not {prompt_seconds}")

@@ -59,19 +59,28 @@ def pick_device(name):
     if not have.get(name.split(":")[0], False):
         raise ValueError(f"--device {name}: this machine has {', '.join(kind for kind in have if have[kind])}")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: no such device") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return device
+
+
+def multiplies_bf16(device):
+    """Whether matrix products are faster in bfloat16 than in float32 here: on recent GPUs and x86 CPUs."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def pick_dtype(name, device):
-    """The type to run a network in: "auto" is float32 on a CPU, bfloat16 on CUDA where the GPU has it, else float16."""
+    """The type to run a network in: "auto" is bfloat16 where that is fast, else float16, but float32 on a CPU."""
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cpu":
-        return torch.float32
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
+    if multiplies_bf16(device):
+        return torch.bfloat16
+    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def fingerprint(module, more=b""):

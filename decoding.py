@@ -263,6 +263,8 @@ def rescoring(rescorer, weight, text, text_mask):
 
     rescorer: anything with `score_codes(codes, stage, text, text_mask)` -> (B, T), the probability of each token.
     Deviation: as in Fig. 4 the weight is the rescorer's and only the ranking of spans changes; in Eq. 5 it is MAGNeT's.
+    The two are mixed as they are, MAGNeT's tempered and guided, the rescorer's at temperature 1 and with the text; the
+    rescorer sees mask tokens in the codebooks that are yet to be decoded. The paper says nothing of either.
     """
     if not 0 <= weight <= 1 or (weight and rescorer is None):
         raise ValueError(f"rescorer_weight must be between 0 and 1, and 0 without a rescorer, not {weight}")

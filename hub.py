@@ -204,6 +204,11 @@ def load_strictly(model, state, path, dtype=None, device="cpu"):
     model.load_state_dict(state, assign=dtype is not None)
 
 
+def dequantized(state, scales):
+    """Weights (rows, columns) stored in 8 bits, times their rows' scales (rows, 1); the others as they are."""
+    return {name: tensor * scales[name] if name in scales else tensor for name, tensor in state.items()}
+
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 

@@ -4,7 +4,7 @@ Pure functions on tensors, no model. MAGNeT learns to fill in hidden tokens; her
 many, the spans that say which, and the attention mask of the restricted context. Autoregressive and hybrid models
 delay their codebooks and have attention masks of their own. A *hidden* mask is True where a token is hidden; an
 *attention* mask is True where a query may attend. It leaves out the choice of spans to hide again while decoding, which
-needs the model's probabilities: see `sample.py`.
+needs the model's probabilities: see `decoding.py`.
 """
 
 import math

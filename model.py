@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hub
-from hub import load_strictly
+from hub import check_tensors, dequantized, load_strictly
 from masking import causal_attention_mask, delay_codes, hide_codes, restricted_attention_mask
 
 OBJECTIVES = ("magnet", "ar", "hybrid")
@@ -324,7 +324,8 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
             model = MAGNeT(ModelConfig(**content["model_config"]))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: its model_config is not one of this version ({error})") from error
-    load_strictly(model, content["ema"], path, dtype, device)
+    state = dequantized(check_tensors(content["ema"], path), check_tensors(content.get("scales", {}), path))
+    load_strictly(model, state, path, dtype, device)
     kept = ("codec", "text_encoder", "codec_id", "text_encoder_id", "sampling")
     return model.eval().requires_grad_(False), {key: content[key] for key in kept if key in content}
 
@@ -392,7 +393,7 @@ def from_audiocraft(content, path, device, dtype):
         config = audiocraft_config(content["xp.cfg"], state["text_proj.weight"].shape[1])
         with torch.device("meta"):
             model = MAGNeT(config)
-    except (KeyError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: not a published MAGNeT or MusicGen ({type(error).__name__}: {error})") from error
     load_strictly(model, state, path, dtype, device)
     return model.eval().requires_grad_(False)

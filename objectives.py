@@ -49,14 +49,17 @@ def masked_cross_entropy(model, codes, stage, hidden, counted, text, text_mask):
     return F.cross_entropy(logits[counted], codes[:, stage][counted], reduction="sum")
 
 
-def next_token_cross_entropy(model, codes, counted, text, text_mask):
+def next_token_cross_entropy(model, codes, counted, text, text_mask, shown=None):
     """[Eq. 1] Summed cross-entropy of all tokens, each predicted from the positions before its own, in nats.
 
-    codes: (B, K, T); counted: (B, K, T) bool, False at padding.
-    Deviation: MusicGen's released code leaves out the last k frames of codebook k.
+    codes: (B, K, T); counted: (B, K, T) bool, False at padding; shown: (B, K, 1) bool, False where a clip's codebook is
+    hidden from the model, all by default.
+    Deviation: MusicGen's released code leaves out the last k frames of codebook k, and always shows all codebooks.
     """
-    delayed = delay_codes(codes, model_of(model).mask_id)  # (B, K, T + K)
-    logits = model(delayed, None, text, text_mask, mask=causal_attention_mask(*[delayed.shape[2]] * 2))
+    mask_id = model_of(model).mask_id
+    delayed = delay_codes(codes, mask_id)  # (B, K, T + K)
+    seen = delayed if shown is None else delayed.masked_fill(~shown, mask_id)
+    logits = model(seen, None, text, text_mask, mask=causal_attention_mask(*[delayed.shape[2]] * 2))
     asked = delay_codes(counted, False)[:, :, 1:]
     return F.cross_entropy(logits[:, :, :-1][asked], delayed[:, :, 1:][asked], reduction="sum")
 
@@ -98,16 +101,21 @@ LOSSES = {"magnet": masked_cross_entropy, "ar": next_token_cross_entropy, "hybri
 def draw_step(clips, n_codebooks, config, generator):
     """What a step trains on: rows of clips (B,), whose text stays (B,), what the loss takes beside codes and text.
 
-    For MAGNeT a stage, and what is hidden; for the hybrid a prompt of 1 to S positions too, the start among them.
+    For MAGNeT a stage, and what is hidden; for the hybrid a prompt of 1 to S positions too, the start among them. For
+    the autoregressive model which codebooks are shown: in some clips only the first ones, as when it rescores.
     """
     B, T, K = config.batch_size, clips.codes.shape[2], n_codebooks
-    stage = int(torch.multinomial(torch.tensor(config.stage_weights or [1.0] * K), 1, generator=generator))
+    weights = torch.tensor([*config.stage_weights, *[config.stage_weights[-1]] * K][:K])
+    stage = int(torch.multinomial(weights, 1, generator=generator))
     rows = torch.randint(len(clips), (B,), generator=generator)
     hidden = draw_hidden(B, T + K if config.objective == "hybrid" else T, config.span_len, generator)
     keep_text = torch.rand(B, generator=generator) >= config.condition_dropout
     valid = clips.valid(rows)
     if config.objective == "ar":
-        return rows, keep_text, {"counted": valid[:, None].repeat(1, K, 1)}
+        n_shown = torch.randint(1, K + 1, (B,), generator=generator)
+        n_shown[torch.rand(B, generator=generator) >= config.codebook_dropout] = K
+        shown = torch.arange(K)[:, None] < n_shown[:, None, None]  # (B, K, 1)
+        return rows, keep_text, {"shown": shown, "counted": valid[:, None] & shown}
     if config.objective == "magnet":
         return rows, keep_text, {"stage": stage, "hidden": hidden, "counted": hidden & valid}
     prompt = torch.randint(1, T + K + 1, (B,), generator=generator)

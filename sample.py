@@ -16,13 +16,21 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from autoregressive import generate_autoregressive, generate_hybrid
-from cli import DTYPES, Parser, add_flags, check_same, from_flags, pick_device, pick_dtype, run
+from cli import DTYPES, Parser, add_flags, check_same, from_flags, identities, pick_device, pick_dtype, run
 from decoding import SamplingConfig, fit_steps, generate
 from encodec_wrap import check_audio_path, load_audio, load_codec, save_audio
 from model import load_model
 from t5_encoder import T5Encoder
 
 BATCH = 16  # clips that are decoded together
+
+
+def check_kind(model, has_gap, rescored):
+    """ValueError if the model is asked for what only decoding in parallel can do."""
+    if has_gap and model.config.objective != "magnet":
+        raise ValueError("only a MAGNeT can fill in a gap; this model writes from left to right")
+    if rescored and model.config.objective == "ar":
+        raise ValueError("only parallel decoding can be rescored; this model is autoregressive")
 
 
 def generate_as_trained(model, text, text_mask, n_frames, config, audio_prompt=None, generator=None, on_step=None,
@@ -34,15 +42,12 @@ def generate_as_trained(model, text, text_mask, n_frames, config, audio_prompt=N
     clip = (model, text, text_mask, n_frames)
     if model.config.objective == "magnet":
         return generate(*clip, config, audio_prompt, generator, on_step, given, negative, **rescorer)
+    check_kind(model, given is not None and given.int().diff().gt(0).any(), rescorer.get("rescorer_weight"))
     if given is not None:
         audio_prompt = audio_prompt[:, :, :int(given.sum())]
-        if not given[:audio_prompt.shape[2]].all():
-            raise ValueError("only a MAGNeT can fill in a gap; this model writes from left to right")
     more = (audio_prompt, generator, on_step, negative)
     if model.config.objective == "hybrid":
         return generate_hybrid(*clip, config.hybrid_seconds, config, *more, **rescorer, frame_rate=frame_rate)
-    if rescorer.get("rescorer_weight"):
-        raise ValueError("only parallel decoding can be rescored; this model is autoregressive")
     return generate_autoregressive(*clip, config.ar_guidance, config.ar_top_k, config.ar_temperature, config.greedy,
                                    *more)
 
@@ -51,15 +56,20 @@ def windows(given, size, overlap):
     """Where to put windows of `size` frames that fill in what is not `given` (T,): a list of first frames.
 
     Each begins `overlap` frames before the first frame still open, so that it continues what is there; the last is
-    moved back to end with the clip. overlap < size.
+    moved back to end with the clip. A gap that fits is put in the middle of its window, in sight of both sides.
+    overlap < size.
 
     >>> windows(torch.zeros(25, dtype=torch.bool), 10, 4)
     [0, 6, 12, 15]
+    >>> windows((torch.arange(25) < 12) | (torch.arange(25) >= 16), 10, 4)
+    [9]
     """
     given, starts = given.clone(), []
     while not given.all():
         first = int(given.int().argmin())
-        starts.append(max(0, min(first - overlap, len(given) - size)))
+        gap = int((~given[first:]).int().cumprod(dim=0).sum())
+        before = (size - gap) // 2 if first + gap < len(given) and overlap + gap <= size else overlap
+        starts.append(max(0, min(first - before, len(given) - size)))
         given[starts[-1]:starts[-1] + size] = True
     return starts
 
@@ -103,7 +113,8 @@ def parse_args(defaults=None):
     parser.add_argument("--n", type=int, default=1, help="variations of each prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of the model; auto: fp32 on a CPU")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES),
+                        help="of the model; auto: what the device computes fastest")
     parser.add_argument("--negative-prompt", help="what not to play: replaces the null condition of the guidance")
     parser.add_argument("--audio-prompt", type=Path, help="audio file to continue")
     parser.add_argument("--inpaint", type=Path, help="audio file in which to play something else, --from S --to S")
@@ -127,11 +138,17 @@ def check_args(args):
     gap = (args.inpaint, args.gap_start, args.gap_end)
     if any(x is not None for x in gap) and (any(x is None for x in gap) or args.audio_prompt or args.seconds):
         raise ValueError("--inpaint, --from and --to go together, without --audio-prompt and --seconds")
+    for path in filter(None, (args.inpaint, args.audio_prompt)):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such audio file")
+    if not 0 <= args.rescorer_weight <= 1:
+        raise ValueError(f"--rescorer-weight must be between 0 and 1, not {args.rescorer_weight:g}")
 
 
 def load_all(args, device):
     """The model with its own sampling settings, codec and text encoder that the flags ask for."""
     model, names = load_model(args.model, device, pick_dtype(args.dtype, device))
+    check_kind(model, args.inpaint, args.rescorer and args.rescorer_weight)
     config = from_flags(parse_args(names.get("sampling")), SamplingConfig)  # once more, on the model's defaults
     config = fit_steps(config, model.config.n_codebooks)
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
@@ -140,16 +157,19 @@ def load_all(args, device):
                          f"{model.config.card}")
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
     check_same(names, codec, encoder)
-    return model, config, codec, encoder, load_rescorer(args, names, device)
+    return model, config, codec, encoder, load_rescorer(args, codec, encoder, device)
 
 
-def load_rescorer(args, names, device):
+def load_rescorer(args, codec, encoder, device):
     """The arguments of `generate` that --rescorer stands for; ValueError if it reads other codes or texts."""
-    if args.rescorer is None:
+    if args.rescorer is None or args.rescorer_weight == 0:
         return {}
-    rescorer, theirs = load_model(args.rescorer, device, pick_dtype(args.dtype, device))
-    if any(theirs.get(f"{kind}_id", theirs[kind]) != names.get(f"{kind}_id", names[kind])
-           for kind in ("codec", "text_encoder")):
+    rescorer, names = load_model(args.rescorer, device, pick_dtype(args.dtype, device))
+    K = rescorer.config.n_codebooks
+    if "codec_id" not in names:  # a published model does not say which weights those are
+        names |= identities(load_codec(names["codec"], K, device), T5Encoder.from_pretrained(names["text_encoder"]))
+    mine = identities(codec, encoder)
+    if K != codec.n_codebooks or any(names[key] != mine[key] for key in mine):
         raise ValueError(f"--rescorer {args.rescorer}: has another codec or text encoder than --model {args.model}")
     return {"rescorer": rescorer, "rescorer_weight": args.rescorer_weight}
 
@@ -181,7 +201,7 @@ def window_size(args, model, codec, n_frames):
     overlap = clip / 3 if args.overlap is None else args.overlap
     if not 0 <= overlap < clip:
         raise ValueError(f"--overlap must be at least 0 and less than the {clip:g} s of a window, not {overlap:g}")
-    size = math.ceil(clip * codec.frame_rate)
+    size = math.ceil(round(clip * codec.sample_rate) / codec.hop_length)
     if n_frames > size:
         print(f"longer than a training clip ({clip:g} s): made in windows, each continuing {overlap:g} s of the last")
     return size, min(round(overlap * codec.frame_rate), size - 1)

@@ -29,7 +29,19 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import Parser, add_flags, check_same, from_flags, identities, option, pick_device, positive, run, save_whole
+from cli import (
+    Parser,
+    add_flags,
+    check_same,
+    from_flags,
+    identities,
+    multiplies_bf16,
+    option,
+    pick_device,
+    positive,
+    run,
+    save_whole,
+)
 from data import load_data
 from encodec_wrap import load_codec
 from model import OBJECTIVES, MAGNeT, ModelConfig, load_model, load_strictly, read_checkpoint
@@ -61,31 +73,34 @@ class TrainConfig:
     dropout: float = option(0.0, "dropout inside the blocks")
     span_len: int = option(3, "frames per masked span")
     context_ms: float = option(100.0, "how far stages after the first see on each side; negative: everywhere")
-    steps: int = option(6000, "optimiser steps")
-    stage_weights: tuple[float, ...] = option((), "how often each codebook is trained; empty: alike, as in the paper")
-    batch_size: int = option(16, "clips per step, over all processes")
+    steps: int = option(18_000, "optimiser steps")
+    stage_weights: tuple[float, ...] = option((2.0, 1.0), "how often each codebook is trained, the last number for all "
+                                               "that follow; 1: alike, as in the paper")
+    batch_size: int = option(8, "clips per step, over all processes")
     accumulate: int = option(1, "split each step's clips into this many parts, to save memory")
-    lr: float = option(1e-3, "peak learning rate")
-    warmup: int = option(300, "steps of linear warm-up, before the cosine decay")
+    lr: float = option(2e-3, "peak learning rate")
+    warmup: int = option(500, "steps of linear warm-up, before the cosine decay")
     weight_decay: float = option(0.1, "AdamW's weight decay")
     clip_norm: float = option(1.0, "gradients are clipped to this norm")
     ema_decay: float = option(0.999, "per step, of the averaged weights that are used for sampling")
     condition_dropout: float = option(0.3, "probability that a clip's text is dropped")
+    codebook_dropout: float = option(0.25, "objective ar: probability that later codebooks, from a random one on, are "
+                                           "hidden in a clip, as a rescorer meets them")
     seed: int = option(0, "of weights, batches and masks")
-    dtype: str = option("auto", "of the matrix products; auto: bf16 or fp16 on CUDA, else fp32",
+    dtype: str = option("auto", "of the matrix products; auto: what the device computes fastest",
                         ("auto", "fp32", "bf16", "fp16"))
 
     def __post_init__(self):
         for name in ("seconds", "steps", "batch_size", "accumulate", "lr", "span_len", "toy_clips", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        for name in ("dropout", "condition_dropout", "ema_decay"):
+        for name in ("dropout", "condition_dropout", "codebook_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
         for name in ("data", "codec", "text_encoder"):  # local files are found again from any folder
             if getattr(self, name) != "toy" and Path(getattr(self, name)).exists():
                 setattr(self, name, str(Path(getattr(self, name)).resolve()))
-        if self.stage_weights and not 0 <= min(self.stage_weights) <= sum(self.stage_weights) - 1e-9:
+        if not self.stage_weights or not 0 <= min(self.stage_weights) <= sum(self.stage_weights) - 1e-9:
             raise ValueError(f"--stage-weights must be zero or positive and not all zero, not {self.stage_weights}")
         if not math.isfinite(self.context_ms):
             raise ValueError(f"--context-ms must be a number, negative for full context, not {self.context_ms}")
@@ -137,9 +152,9 @@ class Log:
 
 def precision(dtype, device):
     """(a function giving the autocast context, whether gradients need scaling) for a --dtype on a device."""
-    if dtype == "auto" and device.type == "cuda":
-        dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if dtype in ("auto", "fp32"):
+    if dtype == "auto":
+        dtype = "bf16" if multiplies_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    if dtype == "fp32":
         return nullcontext, False
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     return lambda: torch.autocast(device.type, kind), dtype == "fp16"
@@ -197,7 +212,7 @@ def read_config(args, checkpoint):
     state = read_checkpoint(checkpoint, STATE_KEYS)
     try:
         config = TrainConfig(**state["config"])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint}: its config is not one of this version ({error})") from error
     given, default, saved = asdict(from_flags(args, TrainConfig)), asdict(TrainConfig()), asdict(config)
     for name, value in given.items():
@@ -215,8 +230,8 @@ def train(args, device, rank, world):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
                          f"{world} x {config.accumulate}")
     codec = load_codec(config.codec, config.n_codebooks or None, device)
-    if len(config.stage_weights) not in (0, codec.n_codebooks):
-        raise ValueError(f"--stage-weights must hold one number per codebook, {codec.n_codebooks} in all")
+    if not sum(config.stage_weights[:codec.n_codebooks]):
+        raise ValueError(f"--stage-weights {config.stage_weights}: trains none of {codec.n_codebooks} codebooks")
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
     if rank > 0:
         dist.barrier()  # the first process fills the cache, the others find it filled

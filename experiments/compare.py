@@ -11,14 +11,14 @@ A cell that its CSV file holds is not computed again, so the same command finish
     python -m experiments.compare plot
 """
 
+import re
 import time
-from dataclasses import replace
 from itertools import product
 from statistics import median
 
 import torch
 
-from cli import DTYPES, Parser, add_flags, check_same, from_flags, pick_device, pick_dtype, run
+from cli import DTYPES, Parser, check_same, fingerprint, pick_device, pick_dtype, run
 from encodec_wrap import load_codec
 from experiments.ablations import RESULTS, add_row, hardware, is_done, read_rows
 from model import MAGNeT, ModelConfig, load_model
@@ -35,7 +35,7 @@ SHAPES = {  # of the models of `latency`
     "toy": {"dim": 160, "n_heads": 5, "n_layers": 6, "card": 256, "text_dim": 128},
     "tiny": {"dim": 32, "n_heads": 2, "n_layers": 1, "card": 16, "text_dim": 8}}
 QUALITY = ("method", "setting", "seed", "n_prompts", *(f"{name}_{kind}" for kind in SPLITS for name in
-           ("overall", "low", "high")), "frechet", "seconds_per_clip", "model", "rescorer", "hardware")
+           ("overall", "low", "high")), "frechet", "seconds_per_clip", "model", "rescorer", "dtype", "hardware")
 LATENCY = ("method", "shape", "dtype", "batch", "length", "seconds", "repeats", "hardware")
 
 
@@ -59,7 +59,7 @@ def embed_real(judge, n, seconds):
 
 def measure(name, config, seed, n, device, reference=None, **rescorer):
     """Play and judge n prompts: the measured columns of a row; reference: see `embed_real`."""
-    model, names = load_model(name, device)
+    model, names = load_model(name, device, pick_dtype("auto", device))
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
     check_same(names, codec, encoder)
@@ -78,21 +78,33 @@ def measure(name, config, seed, n, device, reference=None, **rescorer):
                   "n_prompts": 2 * half}
 
 
+def named_with_weights(name, objective):
+    """A model's name and the fingerprint of its weights, so that one trained anew is another; ValueError if it was
+    trained for another objective."""
+    model = load_model(name)[0]
+    if model.config.objective != objective:
+        raise ValueError(f"--{objective} {name}: the model's objective is {model.config.objective}")
+    return f"{name} {fingerprint(model)[:8]}"
+
+
 def compare_quality(args):
     models = {kind: name for kind in ("magnet", "ar", "hybrid") if (name := getattr(args, kind))}
-    device, base, path, real = pick_device(args.device), from_flags(args, SamplingConfig), RESULTS / "quality.csv", None
     if not models or args.n < 4:
         raise ValueError("give at least one of --magnet, --ar, --hybrid, and --n of at least 4")
+    labels = {name: named_with_weights(name, kind) for kind, name in models.items()}
+    device, path, real = pick_device(args.device), RESULTS / "quality.csv", None
+    dtype = pick_dtype("auto", device)
     for seed, (method, setting, name, changes, weight) in product(args.seeds, quality_cells(models)):
-        cell = {"method": method, "setting": setting, "seed": seed, "model": name, "n_prompts": args.n // 2 * 2}
+        cell = {"method": method, "setting": setting, "seed": seed, "model": labels[name], "n_prompts": args.n // 2 * 2,
+                "rescorer": labels[models["ar"]] if weight else "", "dtype": str(dtype).removeprefix("torch.")}
         if is_done(path, cell):
             continue
-        rescorer = {"rescorer": load_model(models["ar"], device)[0], "rescorer_weight": weight} if weight else {}
+        rescorer = {"rescorer": load_model(models["ar"], device, dtype)[0], "rescorer_weight": weight} if weight else {}
         if real is None:
             real = embed_real(load_judge(), args.n // 2, load_model(name)[0].config.seconds)
-        measured = measure(name, replace(base, **changes), seed, args.n, device, real, **rescorer)
-        add_row(path, {**cell, **measured, "rescorer": models["ar"] if weight else "", "hardware": hardware(device)},
-                QUALITY)
+        config = SamplingConfig(**load_model(name)[1].get("sampling", {}) | changes)
+        measured = measure(name, config, seed, args.n, device, real, **rescorer)
+        add_row(path, {**cell, **measured, "hardware": hardware(device)}, QUALITY)
         print(f"{method:20}{setting:8} seed {seed}: " + ", ".join(f"{key} {x:.3g}" for key, x in measured.items()))
 
 
@@ -115,7 +127,7 @@ def seconds_of(model, config, batch, n_frames, repeats):
 
 
 def compare_latency(args):
-    device, config = pick_device(args.device), from_flags(args, SamplingConfig)
+    device, config = pick_device(args.device), SamplingConfig()
     dtype, path = pick_dtype(args.dtype, device), RESULTS / "latency.csv"
     for objective in ("magnet", "ar"):
         torch.manual_seed(0)
@@ -198,7 +210,7 @@ def draw_all(args):
         plot_quality(plt, quality, RESULTS / "quality.png")
     for setting in dict.fromkeys((row["shape"], row["dtype"], row["hardware"]) for row in latency):
         rows = [row for row in latency if (row["shape"], row["dtype"], row["hardware"]) == setting]
-        plot_latency(plt, rows, RESULTS / f"latency-{setting[0]}-{setting[1]}-{setting[2].split()[0].strip(',')}.png")
+        plot_latency(plt, rows, RESULTS / f"latency-{'-'.join(re.findall(r'[a-zA-Z0-9]+', ' '.join(setting)))}.png")
         for length, batch in crossings(rows).items():
             where = "never in these batches" if batch is None else f"from a batch of about {batch:.3g} clips"
             print(f"{', '.join(setting)}; clips of {length} s: autoregressive decoding is faster {where}")
@@ -217,9 +229,6 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="latency: how often each is timed")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="latency: of the model")
     parser.add_argument("--device", default="auto")
-    add_flags(parser, SamplingConfig)
-    if magnet := parser.parse_args().magnet:
-        parser.set_defaults(**load_model(magnet)[1].get("sampling", {}))
     args = parser.parse_args()
     {"quality": compare_quality, "latency": compare_latency, "plot": draw_all}[args.part](args)
 

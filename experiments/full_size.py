@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,23 @@ SPIECE = ROOT / "tests" / "data" / "t5_spiece.model"
 SIZES = {"small": dict(dim=1024, n_heads=16, n_layers=24), "medium": dict(dim=1536, n_heads=24, n_layers=48)}
 CODEC_32KHZ = CodecConfig(
     sample_rate=32_000, ratios=(8, 5, 4, 4), codebook_size=2048, dimension=128, n_filters=64, lstm=2)
+CODEC_16KHZ = replace(CODEC_32KHZ, sample_rate=16_000, ratios=(8, 5, 4, 2))
+CODEC_SETTINGS = """\
+sample_rate: {c.sample_rate}
+encodec:
+  renormalize: false
+seanet:
+  dimension: {c.dimension}
+  n_filters: {c.n_filters}
+  ratios: {ratios}
+  lstm: {c.lstm}
+  causal: false
+  true_skip: true
+  pad_mode: {c.pad_mode}
+rvq:
+  n_q: {c.n_codebooks}
+  bins: {c.codebook_size}
+"""
 SETTINGS = """\
 solver: magnet
 sample_rate: {sample_rate}
@@ -87,6 +105,12 @@ def write_codec(codec, folder):
         "use_causal_conv": c.causal, "use_conv_shortcut": not c.true_skip, "pad_mode": c.pad_mode, "normalize": False}))
 
 
+def write_audiocraft_codec(codec, folder):
+    """Write a codec in AudioCraft's own layout, as the sound-effect models have one."""
+    settings = CODEC_SETTINGS.format(c=codec.config, ratios=list(codec.config.ratios))
+    torch.save({"best_state": codec.model.state_dict(), "xp.cfg": settings}, folder / hub.MODEL_FILES[1])
+
+
 def write_text_encoder(config, folder):
     """Write a random T5 with T5's own tokenizer."""
     encoder = T5Encoder(config)
@@ -96,21 +120,29 @@ def write_text_encoder(config, folder):
 
 def main():
     parser = argparse.ArgumentParser(description="peak memory and seconds of a full-size model with random weights")
-    parser.add_argument("folder", type=Path, help="where to write the weights (1.6 GB for small); it is used again")
+    parser.add_argument("folder", type=Path, help="where to write the weights (1.6 GB for small); they are used again")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--clip", type=float, default=10.0, help="length of the training clips in seconds: 10 or 30")
+    parser.add_argument("--sounds", action="store_true", help="a sound-effect model: its codec runs at 16 kHz")
     parser.add_argument("--steps", type=int, nargs=4, default=[20, 10, 10, 10], help="decoding steps")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.manual_seed(0)
-    if not (args.folder / "t5-base").is_dir():
-        write_model(MAGNeT(ModelConfig(card=2048, text_dim=768, seconds=args.clip, **SIZES[args.size])), args.folder)
-        write_codec(Codec.from_config(CODEC_32KHZ), args.folder / "encodec_32khz")
-        write_text_encoder(PUBLISHED["t5-base"], args.folder / "t5-base")
+    folder = args.folder / f"{'audio-' * args.sounds}magnet-{args.size}-{args.clip:g}secs"
+    if not (folder / "t5-base").is_dir():
+        model = MAGNeT(ModelConfig(card=2048, text_dim=768, seconds=args.clip, **SIZES[args.size]))
+        if args.sounds:
+            write_model(model, folder, sample_rate=CODEC_16KHZ.sample_rate)
+            write_audiocraft_codec(Codec.from_config(CODEC_16KHZ), folder)
+        else:
+            write_model(model, folder)
+            write_codec(Codec.from_config(CODEC_32KHZ), folder / "encodec_32khz")
+        del model
+        write_text_encoder(PUBLISHED["t5-base"], folder / "t5-base")
     start = time.perf_counter()
-    subprocess.run([sys.executable, ROOT / "sample.py", "80s driving pop with heavy drums", "--model", args.folder,
-                    "--out", args.folder / "out.wav", "--dtype", args.dtype, "--device", "cpu",
+    subprocess.run([sys.executable, ROOT / "sample.py", "80s driving pop with heavy drums", "--model", folder,
+                    "--out", folder / "out.wav", "--dtype", args.dtype, "--device", "cpu",
                     "--decoding-steps", *map(str, args.steps)], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""Decoding from left to right, and hybrid decoding: the claims of autoregressive.py and of `sample.generate_hybrid`.
+"""Decoding from left to right, and hybrid decoding: the claims of autoregressive.py.
 
 `data/musicgen_tiny_*` is a small random model in MusicGen's published layout and what the released code gives.
 """

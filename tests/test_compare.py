@@ -36,7 +36,8 @@ def tiny_models(tmp_path, make_magnet):
     for kind in MODELS:
         model = make_magnet(card=256, text_dim=encoder.config.d_model, seconds=1.0, objective=kind)
         save_whole({"model_config": dataclasses.asdict(model.config), "ema": model.state_dict(), "codec": "toy",
-                    "text_encoder": "toy", **identities(load_codec("toy"), encoder)}, tmp_path / f"{kind}.pt")
+                    "text_encoder": "toy", "sampling": {"decoding_steps": (2, 1, 1, 1)},
+                    **identities(load_codec("toy"), encoder)}, tmp_path / f"{kind}.pt")
         flags += [f"--{kind}", str(tmp_path / f"{kind}.pt")]
     return " ".join(flags)
 
@@ -51,7 +52,7 @@ def test_quality_cells_are_all_that_the_models_allow():
 def test_quality_plays_and_judges_every_cell_once_and_is_drawn(call, tiny_models, monkeypatch):
     monkeypatch.setattr(compare, "WEIGHTS", (0.5,))
     monkeypatch.setattr(compare, "PROMPTS", (0.5,))
-    flags = f"quality {tiny_models} --n 4 --seeds 0 --decoding-steps 2 1 1 1"
+    flags = f"quality {tiny_models} --n 4 --seeds 0"
     rows = read_rows(call(flags) / "quality.csv")
     assert [row["method"] for row in rows] == ["autoregressive", "MAGNeT", "MAGNeT + rescoring", "hybrid"]
     for row in rows:
@@ -62,8 +63,13 @@ def test_quality_plays_and_judges_every_cell_once_and_is_drawn(call, tiny_models
     assert (call("plot") / "quality.png").is_file()
 
 
+def test_quality_refuses_a_model_of_another_kind(call, tiny_models, tmp_path):
+    with pytest.raises(ValueError, match="--ar .*magnet.pt: the model's objective is magnet"):
+        call(f"quality --ar {tmp_path / 'magnet.pt'} --n 4")
+
+
 def test_latency_times_both_ways_of_decoding_once_and_is_drawn(call, monkeypatch, capsys):
-    flags = "latency --shape tiny --batches 1 2 --lengths 0.2 0.4 --repeats 1 --decoding-steps 2 1 1 1"
+    flags = "latency --shape tiny --batches 1 2 --lengths 0.2 0.4 --repeats 1 --dtype fp32"
     rows = read_rows(call(flags) / "latency.csv")
     assert [(row["method"], row["length"], row["batch"]) for row in rows] == [
         (method, length, batch) for method in ("magnet", "ar") for length in ("0.2", "0.4") for batch in ("1", "2")]
@@ -71,7 +77,7 @@ def test_latency_times_both_ways_of_decoding_once_and_is_drawn(call, monkeypatch
     monkeypatch.setattr(compare, "seconds_of", None)
     assert read_rows(call(flags) / "latency.csv") == rows
     capsys.readouterr()
-    assert (call("plot") / "latency-tiny-float32-cpu.png").is_file()
+    assert len(list(call("plot").glob("latency-tiny-float32-cpu*.png"))) == 1
     assert capsys.readouterr().out.count("autoregressive decoding is faster") == 2
 
 

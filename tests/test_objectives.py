@@ -189,6 +189,29 @@ def test_draw_step_fits_the_loss_of_its_objective_and_counts_no_padding(objectiv
     assert not counted[clips.n_frames[rows] == 9][:, -T + 9:].any(), "the last eleven frames are padding"
 
 
+def test_draw_step_hides_the_later_codebooks_of_some_clips_from_an_autoregressive_model(clips, generator):
+    config = TrainConfig(objective="ar", batch_size=2000, codebook_dropout=0.5)
+    _, _, task = draw_step(clips, K, config, generator)
+    shown = task["shown"][..., 0]  # (B, K)
+    assert shown[:, 0].all() and (shown[:, 1:] <= shown[:, :-1]).all(), "always the first ones"
+    assert (~shown[:, 3]).float().mean().item() == pytest.approx(0.5 * 3 / 4, abs=0.05)
+    assert not (task["counted"] & ~task["shown"]).any(), "what is hidden is not asked for"
+
+
+def test_an_autoregressive_model_does_not_see_the_codebooks_that_are_not_shown(make_magnet):
+    model, codes = make_magnet(objective="ar"), torch.randint(16, (2, K, T))
+    shown = torch.tensor([[True, True, False, False], [True] * 4])[..., None]  # (B, K, 1)
+    counted = shown & ALL[:, None]
+
+    def loss(codes):
+        return next_token_cross_entropy(model, codes, counted, None, None, shown)
+    other = codes.clone()
+    other[0, 2:] = (other[0, 2:] + 1) % 16
+    assert loss(other).equal(loss(codes))
+    other[0, 1] = (other[0, 1] + 1) % 16
+    assert not loss(other).equal(loss(codes))
+
+
 @pytest.mark.parametrize("objective, kinds", [("ar", ["ar"]), ("hybrid", [0.25, 0.5, 0.75, 1.0, "ar"])])
 def test_validate_measures_what_the_model_was_trained_for(objective, kinds, clips, make_magnet):
     model = make_magnet(objective=objective)

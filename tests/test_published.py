@@ -18,7 +18,13 @@ import hub
 import sample
 from cli import pick_dtype
 from encodec_wrap import Codec, CodecConfig, load_codec
-from experiments.full_size import published_state, write_codec, write_model, write_text_encoder
+from experiments.full_size import (
+    published_state,
+    write_audiocraft_codec,
+    write_codec,
+    write_model,
+    write_text_encoder,
+)
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate
 from t5_encoder import T5Config, T5Encoder
@@ -263,9 +269,12 @@ def test_weights_of_the_type_asked_for_stay_in_their_file(published):
         assert weight.dtype == torch.float32 and torch.equal(weight, half.state_dict()[name].float())
 
 
-def test_pick_dtype_is_float32_on_a_cpu_unless_asked():
+def test_pick_dtype_is_float32_on_a_cpu_that_multiplies_nothing_faster(monkeypatch):
     cpu = torch.device("cpu")
+    monkeypatch.setattr("cli.multiplies_bf16", lambda device: False)
     assert pick_dtype("auto", cpu) == torch.float32 and pick_dtype("bf16", cpu) == torch.bfloat16
+    monkeypatch.setattr("cli.multiplies_bf16", lambda device: device.type == "cpu")
+    assert pick_dtype("auto", cpu) == torch.bfloat16 and pick_dtype("fp32", cpu) == torch.float32
     assert pick_dtype("auto", torch.device("mps")) == torch.float16
 
 
@@ -395,3 +404,26 @@ def test_sample_refuses_a_codec_with_fewer_codes_than_the_model_has(call, publis
 def test_sample_offline_says_what_to_fetch(call, offline):
     assert_one_line(call(sample, "pop", "--model", "facebook/magnet-small-10secs"), "download failed", "state_dict.bin",
                     str(offline / "facebook--magnet-small-10secs"))
+
+
+def test_one_published_model_rescores_another_of_the_same_codec(published, tmp_path, monkeypatch, capsys):
+    """Each has a codec and a text encoder in a folder of its own; what counts is that their weights are the same."""
+    other = tmp_path / "other"
+    shutil.copytree(published, other)
+    flags = ["--model", str(published), "--rescorer", str(other), "--rescorer-weight", "0.5", "--seconds", "0.4",
+             "--decoding-steps", "2", "1", "1", "1", "--device", "cpu", "--out", str(tmp_path / "out.wav")]
+    monkeypatch.setattr("sys.argv", ["sample.py", "a song", *flags])
+    sample.main()
+    assert (tmp_path / "out.wav").is_file()
+    state = torch.load(other / "encodec_32khz" / "pytorch_model.bin", weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, other / "encodec_32khz" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="other: has another codec"):
+        sample.main()
+
+
+def test_write_audiocraft_codec_is_undone_by_load_codec(tmp_path):
+    codec = Codec.from_config(CodecConfig(codebook_size=16, dimension=8, n_filters=2, lstm=2)).eval()
+    write_audiocraft_codec(codec, tmp_path)
+    again = load_codec(str(tmp_path / "compression_state_dict.bin"))
+    wav = torch.randn(1, 1, 3200)
+    assert again.config == codec.config and again.encode(wav).equal(codec.encode(wav))

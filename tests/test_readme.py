@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = ("masking", "model", "decoding", "sample", "hub", "train", "data", "t5_encoder", "encodec_wrap", "cli")
+MODULES = ("masking", "model", "decoding", "autoregressive", "objectives", "sample", "hub", "train", "data",
+           "t5_encoder", "encodec_wrap", "cli")
 
 
 def test_readme_names_functions_that_exist():

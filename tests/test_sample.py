@@ -523,8 +523,16 @@ def test_windows_cover_the_clip_and_overlap(T, size, overlap, starts):
 def test_windows_leave_out_what_is_given():
     assert windows(torch.ones(50, dtype=torch.bool), 10, 4) == []
     assert windows(torch.arange(50) < 40, 10, 4) == [36, 40]
-    assert windows(gap(50, 20, 24), 10, 4) == [16]
+    assert windows(gap(50, 20, 24), 10, 4) == [17]
     assert windows(gap(50, 2, 4) & gap(50, 47, 50), 10, 4) == [0, 40]
+
+
+@pytest.mark.parametrize("first, end, size, overlap", [(20, 26, 10, 4), (200, 333, 200, 67), (20, 25, 10, 0)])
+def test_a_gap_that_fits_into_a_window_is_filled_in_sight_of_both_sides(first, end, size, overlap):
+    start, = windows(gap(500, first, end), size, overlap)
+    before, after = first - start, start + size - end
+    assert before > 0 and after > 0 and abs(before - after) <= 1
+
 
 
 def test_generate_windows_makes_each_window_continue_the_last(make_magnet):

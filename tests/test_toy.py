@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from encodec_wrap import Codec, CodecConfig
+from hub import dequantized
 from model import load_model
 from t5_encoder import T5Encoder, Tokenizer
 from toy.evaluate import frechet, swap_shares, swapped_prompts, wilson
 from toy.export import main as export
+from toy.export import quantized
 from toy.judge import cross_check, load_judge
 from toy.mel import log_mel, mel_filters, mel_spectrogram
 from toy.signals import READERS, onsets
@@ -221,7 +223,7 @@ def test_melody_is_the_order_of_the_pitches(melody, steps):
     """The notes of slow flutes, in semitones from one to the next; the world's tuning is up to 0.7 off."""
     for seed in range(3):
         wav = play(seed, melody=melody, tempo="slow")
-        beat = np.random.default_rng(seed).choice(BEATS["slow"]) / FRAME_RATE
+        beat = BEATS["slow"] / FRAME_RATE
         starts = [int((0.03 + (i + 0.25) * beat) * SAMPLE_RATE) for i in range(5)]
         notes = [12 * np.log2(strongest_partial(wav[start:start + int(0.5 * beat * SAMPLE_RATE)])) for start in starts]
         assert np.diff(notes) == pytest.approx(steps, abs=0.7)
@@ -407,7 +409,17 @@ def test_revive_dead_codes_survives_more_dead_entries_than_latents():
     assert (quantizer.vq.layers[0]._codebook.cluster_size > 0.1).sum() == 5
 
 
-def test_export_keeps_what_sampling_needs_in_half_precision(tmp_path, monkeypatch):
+def test_quantized_weights_come_back_within_half_a_step_of_each_row():
+    state = {"matrix": torch.randn(5, 40) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [0.2]]), "norm": torch.rand(7)}
+    small, scales = quantized(state)
+    back = dequantized(small, scales)
+    assert small["matrix"].dtype == torch.int8 and scales["matrix"].shape == (5, 1) and "norm" not in scales
+    error = (back["matrix"] - state["matrix"]).abs().amax(dim=1)
+    assert (error <= state["matrix"].abs().amax(dim=1) / 127 * 0.501).all()
+    assert torch.equal(back["norm"], state["norm"].half())
+
+
+def test_export_keeps_what_sampling_needs_in_few_bits(tmp_path, monkeypatch):
     content = {"config": {"a": 1}, "model_config": {"b": 2}, "codec": "toy", "text_encoder": "toy", "step": 7,
                "codec_id": "c0", "text_encoder_id": "e0",
                "ema": {"w": torch.rand(3)}, "model": {"w": torch.rand(3)}, "optimizer": {}, "rng": {}}
@@ -415,7 +427,7 @@ def test_export_keeps_what_sampling_needs_in_half_precision(tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", ["export.py", str(tmp_path), str(tmp_path / "small.pt")])
     export()
     small = torch.load(tmp_path / "small.pt", weights_only=True)
-    assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling"}
+    assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling", "scales"}
     assert torch.equal(small["ema"]["w"], content["ema"]["w"].half())
 
 

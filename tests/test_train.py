@@ -365,7 +365,13 @@ def test_stage_weights_say_how_often_each_codebook_is_trained(run_tiny, tmp_path
     assert set(stages) == {0, 1} and 35 <= stages.count(0) <= 55
 
 
-@pytest.mark.parametrize("weights, want", [("1 1 1", "one number per codebook, 4"), ("1 -1 1 1", "zero or positive"),
+def test_the_last_stage_weight_is_that_of_all_codebooks_that_follow(run_tiny, tmp_path, loss_spy):
+    run_tiny(tmp_path / "run", "--steps 60 --val-every 60 --stage-weights 0 1")
+    stages = [stage for _, stage, *_ in loss_spy.calls]
+    assert set(stages) == {1, 2, 3} and max(map(stages.count, range(4))) < 35
+
+
+@pytest.mark.parametrize("weights, want", [("0 0 0 0 1", "none of 4 codebooks"), ("1 -1 1 1", "zero or positive"),
                                            ("0 0 0 0", "not all zero")])
 def test_train_refuses_stage_weights_that_make_no_sense(run_tiny, tmp_path, weights, want):
     with pytest.raises(ValueError, match=want):

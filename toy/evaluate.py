@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import Parser, add_flags, check_same, from_flags, pick_device, run
+from cli import Parser, add_flags, check_same, from_flags, pick_device, pick_dtype, run
 from data import collect, encode, toy_sources
 from encodec_wrap import load_codec
 from model import load_model
@@ -117,7 +117,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
     n: prompts; swaps: pairs of prompts with one word swapped; floors: whether real clips and their codec
     reconstructions are read as well; losses: whether to measure the validation cross-entropy; seed: of the sampling.
     """
-    model, names = load_model(name, device)
+    model, names = load_model(name, device, pick_dtype("auto", device))
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
     check_same(names, codec, encoder)

@@ -41,8 +41,7 @@ STEPS = {  # semitones above the key note, played round and round, one note per 
     "arpeggio": (0, 4, 7, 12, 7, 4),
     "repeated": (0,),
 }
-# 68 to 79, 107 to 125, 167 to 188 beats per minute
-BEATS = {"slow": (38, 40, 42, 44), "medium": (24, 26, 28), "fast": (16, 18)}  # frames per beat
+BEATS = {"slow": 40, "medium": 25, "fast": 16}  # frames per beat: 75, 120, 188 beats per minute
 KEYS = {"low": (150, 175, 200), "mid": (350, 375, 400, 425), "high": (850, 900, 950, 1000)}  # Hz
 
 SPLITS = ("train", "valid", "unseen")  # valid: training combinations, other clips; unseen: the held-out pairs
@@ -160,7 +159,7 @@ def render(attributes, rng, seconds=SECONDS):
     """Play a clip with these attributes: -> (S,) float32 in [-1, 1], S = seconds * 16000."""
     n, frame = round(seconds * SAMPLE_RATE), SAMPLE_RATE // FRAME_RATE
     mix = np.zeros(n)
-    beat = rng.choice(BEATS[attributes["tempo"]])  # frames
+    beat = BEATS[attributes["tempo"]]  # frames
     key = rng.choice(KEYS[attributes["register"]])  # Hz
     play, steps = INSTRUMENTS[attributes["instrument"]], STEPS[attributes["melody"]]
     length = beat / FRAME_RATE
@@ -172,7 +171,7 @@ def render(attributes, rng, seconds=SECONDS):
         sound = sound[:max(0, n - start)]
         mix[start:start + len(sound)] += loudness * rng.uniform(0.9, 1.1) * sound
 
-    for i, onset in enumerate(range(rng.integers(4), n // frame + 1, beat)):
+    for i, onset in enumerate(range(0, n // frame + 1, beat)):
         add(play(in_tune(key * 2 ** (steps[i % len(steps)] / 12)), t, length), onset, 0.5)
         if attributes["drums"] == "on":
             add(drum_hit("snare" if i % 2 else "kick"), onset, 0.55)

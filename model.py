@@ -279,7 +279,8 @@ class MAGNeT(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
-TOY_MODEL = Path(__file__).parent / "toy" / "weights" / "magnet.pt"
+TOY_MODELS = {name: Path(__file__).parent / "toy" / "weights" / file for name, file in (
+    ("toy", "magnet.pt"), ("toy-ar", "ar.pt"), ("toy-hybrid", "hybrid.pt"))}
 
 
 def read_checkpoint(path, keys=(), mmap=False):
@@ -300,21 +301,20 @@ def with_keys(content, keys, path):
 
 
 def load_model(name_or_path, device="cpu", dtype=torch.float32):
-    """Load a model: "toy", a training run, a checkpoint file, or a published one by hub name, local folder or file.
+    """Load a model: one of `TOY_MODELS`, a training run, a checkpoint file, or a published one by hub name or place.
 
     Gives (MAGNeT in eval mode, of type `dtype`, {"codec": name, "text_encoder": name}), and beside the names what
     `cli.check_same` compares, and the "sampling" settings that the model wants. A training run gives its averaged
-    weights. Raises ValueError naming the file for an unknown model and for a damaged or foreign checkpoint,
-    ConnectionError where a download failed.
+    weights. ValueError names an unknown model or a damaged file; ConnectionError where a download failed.
     """
-    path = TOY_MODEL if name_or_path == "toy" else Path(name_or_path)
+    path = TOY_MODELS.get(str(name_or_path), Path(name_or_path))
     if not path.exists() and str(name_or_path) in hub.MODELS:
         path = hub.fetch_published(str(name_or_path))
     if path.is_dir():
         path = path / (hub.MODEL_FILES[0] if (path / hub.MODEL_FILES[0]).is_file() else "checkpoint.pt")
     if not path.is_file():
-        raise ValueError(f"unknown model {str(name_or_path)!r}: want toy, a training run's folder or a checkpoint "
-                         f"file, a published state_dict.bin or its folder, or one of {', '.join(hub.MODELS)}")
+        raise ValueError(f"unknown model {str(name_or_path)!r}: want a training run's folder or a checkpoint "
+                         f"file, a published state_dict.bin or its folder, or {', '.join((*TOY_MODELS, *hub.MODELS))}")
     content = read_checkpoint(path, mmap=True)
     if isinstance(content, dict) and "best_state" in content:
         return from_audiocraft(content, path, device, dtype), hub.published_names(content["xp.cfg"], path.parent)

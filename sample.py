@@ -104,8 +104,9 @@ def parse_args(defaults=None):
     parser = Parser(description="Make music from a text prompt.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to play; "" for no condition')
     parser.add_argument("--out", type=Path, default=Path("out.wav"), help="file to write; several get numbers")
-    parser.add_argument("--model", default="toy", help="toy, the folder of a training run, a checkpoint file, or a "
-                        "published model: its name such as facebook/magnet-small-10secs, or the folder of its files")
+    parser.add_argument("--model", default="toy", help="toy, toy-ar, toy-hybrid, a training run's folder, "
+                        "a checkpoint file, or a published model: its name such as facebook/magnet-small-10secs, or "
+                        "the folder of its files")
     parser.add_argument("--seconds", type=float, help="length in all (default: that of the training clips); "
                         "what is longer than those is generated in windows")
     parser.add_argument("--overlap", type=float, help="how many seconds of one window the next continues "

@@ -52,7 +52,7 @@ def tiny_model(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize("command, words", [
-    (["sample.py", "a flute", "--model", "no_such_model"], ["no_such_model", "want toy"]),
+    (["sample.py", "a flute", "--model", "no_such_model"], ["no_such_model", "toy-ar"]),
     (["train.py", "--data", "no_such_folder"], ["no_such_folder", "no such data set"])])
 def test_a_command_ends_bad_input_with_one_line_and_code_2(tmp_path, command, words):
     script, *arguments = command
@@ -254,8 +254,11 @@ def test_every_field_can_be_set_by_its_flag(module, config_class, monkeypatch):
 def test_pick_device_prefers_cuda_then_mps_then_the_cpu(monkeypatch):
     have = {"cuda": True, "mps": True}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: have["cuda"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: have["mps"])
-    assert pick_device("auto").type == "cuda" and pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type == "cuda" and pick_device("cpu").type == "cpu" and pick_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="--device cuda:2: this machine has cuda:0 to cuda:1"):
+        pick_device("cuda:2")
     have["cuda"] = False
     assert pick_device("auto").type == "mps"
     have["mps"] = False

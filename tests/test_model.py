@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from conftest import DATA
 
-import model as model_module
 from masking import hide_codes, restricted_attention_mask
 from model import (
+    TOY_MODELS,
     MAGNeT,
     ModelConfig,
     SelfAttention,
@@ -455,12 +455,12 @@ def test_load_model_takes_the_folder_of_a_training_run(make_magnet, tmp_path):
 
 def test_load_model_finds_the_toy_model(make_magnet, tmp_path, monkeypatch):
     path = save_as(checkpoint_of(make_magnet(context=9)), tmp_path / "magnet.pt")
-    monkeypatch.setattr(model_module, "TOY_MODEL", path)
+    monkeypatch.setitem(TOY_MODELS, "toy", path)
     assert load_model("toy")[0].config.context == 9
 
 
 def test_load_model_names_an_unknown_model():
-    with pytest.raises(ValueError, match="unknown model 'my-model': want toy"):
+    with pytest.raises(ValueError, match="unknown model 'my-model': want a training run"):
         load_model("my-model")
 
 

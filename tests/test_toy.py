@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from encodec_wrap import Codec, CodecConfig
+from cli import check_same
+from encodec_wrap import Codec, CodecConfig, load_codec
 from hub import dequantized
 from model import load_model
 from t5_encoder import T5Encoder, Tokenizer
@@ -442,6 +443,13 @@ def test_sampling_settings_that_are_exported_become_the_models_own(make_magnet, 
     own = load_model(tmp_path / "small.pt")[1]["sampling"]
     assert own == {"guidance_start": 3.0, "decoding_steps": (40, 10, 10, 10)}, "what is not the default anyway"
     assert "sampling" not in load_model(tmp_path)[1], "a training run has none"
+
+
+@pytest.mark.parametrize("name, objective", [("toy", "magnet"), ("toy-ar", "ar"), ("toy-hybrid", "hybrid")])
+def test_every_model_that_ships_reads_the_codec_and_the_text_encoder_that_ship(name, objective):
+    model, names = load_model(name)
+    check_same(names, load_codec("toy"), T5Encoder.from_pretrained("toy"))
+    assert model.config.objective == objective
 
 
 def test_the_judge_that_ships_knows_the_world_as_it_is():

@@ -27,7 +27,7 @@ from train import AveragedWeights, TrainConfig, learning_rate
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--toy-clips 24 --seconds 1 --steps 10 --batch-size 4 --dim 48 --n-heads 2 --n-layers 2 --warmup 4 "
-        "--device cpu --log-every 1 --val-every 5 --save-every 5").split()
+        "--device cpu --dtype fp32 --log-every 1 --val-every 5 --save-every 5").split()
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ def print_table(result):
 
 def main():
     parser = Parser(description="evaluate a toy model")
-    parser.add_argument("--model", default="toy", help="toy, the folder of a training run, or a checkpoint file")
+    parser.add_argument("--model", default="toy", help="as that of sample.py")
     parser.add_argument("--n", type=int, default=300, help="prompts")
     parser.add_argument("--swaps", type=int, default=100, help="pairs of prompts that differ in one attribute; 0: none")
     parser.add_argument("--json", type=Path, help="file to write all numbers to")

@@ -6,7 +6,7 @@
 
 A cell that its CSV file holds is not computed again, so the same command finishes what was stopped.
 
-    python -m experiments.compare quality --magnet toy --ar runs/ar --hybrid runs/hybrid
+    python -m experiments.compare quality --magnet toy --ar toy-ar --hybrid toy-hybrid
     python -m experiments.compare latency --shape small --device cuda --dtype bf16
     python -m experiments.compare plot
 """
@@ -14,7 +14,7 @@ A cell that its CSV file holds is not computed again, so the same command finish
 import re
 import time
 from itertools import product
-from statistics import median
+from statistics import mean, median
 
 import torch
 
@@ -24,11 +24,11 @@ from experiments.ablations import RESULTS, add_row, hardware, is_done, read_rows
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate_as_trained
 from t5_encoder import T5Encoder
-from toy.evaluate import SEED, SPLITS, adherence, frechet, in_parts, labels_of, play
+from toy.evaluate import SEED, SPLITS, adherence, frechet, in_parts, labels_of, play, wilson
 from toy.judge import load_judge
 from toy.world import describe, example
 
-WEIGHTS, PROMPTS = (0.1, 0.25, 0.5, 0.75), (0.0, 0.5, 1.0, 2.0, 4.0)  # of the rescorer; seconds of a hybrid's prompt
+WEIGHTS, PROMPTS = (0.25, 0.5, 0.75), (0.0, 1.0, 2.0, 4.0)  # of the rescorer; seconds of a hybrid's prompt
 FRAME_RATE = 50  # of the models of `latency`
 SHAPES = {  # of the models of `latency`
     "small": {"dim": 1024, "n_heads": 16, "n_layers": 24, "card": 2048, "text_dim": 768},  # as magnet-small
@@ -182,6 +182,20 @@ def plot_quality(plt, rows, path):
     plt.close(figure)
 
 
+def print_quality(rows):
+    """A table in Markdown, the seeds of a cell taken together: shares with the interval of that many clips."""
+    print("| method | setting | adherence, seen | adherence, unseen | Frechet distance | seconds per clip |")
+    print("|---" * 6 + "|")
+    for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
+        cell, shares = [row for row in rows if (row["method"], row["setting"]) == (method, setting)], []
+        for kind in SPLITS:
+            share = mean(float(row[f"overall_{kind}"]) for row in cell)
+            low, high = wilson(share, sum(int(row["n_prompts"]) for row in cell) // 2)
+            shares.append(f"{share:.1%} ({low:.0%}-{high:.0%})")
+        rest = (format(mean(float(row[name]) for row in cell), ".3g") for name in ("frechet", "seconds_per_clip"))
+        print("| " + " | ".join((method, setting, *shares, *rest)) + " |")
+
+
 def plot_latency(plt, rows, path):
     """Seconds per clip against batch size, a panel per clip length, both on log scales."""
     lengths = sorted({float(row["length"]) for row in rows})
@@ -207,6 +221,7 @@ def draw_all(args):
     if not quality + latency:
         raise ValueError(f"{RESULTS} holds neither quality.csv nor latency.csv: run `quality` or `latency` first")
     if quality:
+        print_quality(quality)
         plot_quality(plt, quality, RESULTS / "quality.png")
     for setting in dict.fromkeys((row["shape"], row["dtype"], row["hardware"]) for row in latency):
         rows = [row for row in latency if (row["shape"], row["dtype"], row["hardware"]) == setting]

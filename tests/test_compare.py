@@ -63,6 +63,13 @@ def test_quality_plays_and_judges_every_cell_once_and_is_drawn(call, tiny_models
     assert (call("plot") / "quality.png").is_file()
 
 
+def test_the_table_of_quality_takes_the_seeds_of_a_cell_together(capsys):
+    both = {"method": "MAGNeT", "setting": "w 0.5", "n_prompts": "100", "overall_unseen": "0.5", "frechet": "20",
+            "seconds_per_clip": "2"}
+    compare.print_quality([both | {"overall_seen": "0.8"}, both | {"overall_seen": "0.9"}])
+    assert capsys.readouterr().out.splitlines()[2] == "| MAGNeT | w 0.5 | 85.0% (77%-91%) | 50.0% (40%-60%) | 20 | 2 |"
+
+
 def test_quality_refuses_a_model_of_another_kind(call, tiny_models, tmp_path):
     with pytest.raises(ValueError, match="--ar .*magnet.pt: the model's objective is magnet"):
         call(f"quality --ar {tmp_path / 'magnet.pt'} --n 4")

@@ -118,6 +118,19 @@ def write_text_encoder(config, folder):
     encoder.save_pretrained(folder)
 
 
+def write_all(args, folder):
+    """Write a model with random weights, its codec and its text encoder."""
+    torch.manual_seed(0)
+    model = MAGNeT(ModelConfig(card=2048, text_dim=768, seconds=args.clip, **SIZES[args.size]))
+    if args.sounds:
+        write_model(model, folder, sample_rate=CODEC_16KHZ.sample_rate)
+        write_audiocraft_codec(Codec.from_config(CODEC_16KHZ), folder)
+    else:
+        write_model(model, folder)
+        write_codec(Codec.from_config(CODEC_32KHZ), folder / "encodec_32khz")
+    write_text_encoder(PUBLISHED["t5-base"], folder / "t5-base")
+
+
 def main():
     parser = argparse.ArgumentParser(description="peak memory and seconds of a full-size model with random weights")
     parser.add_argument("folder", type=Path, help="where to write the weights (1.6 GB for small); they are used again")
@@ -128,18 +141,11 @@ def main():
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    torch.manual_seed(0)
     folder = args.folder / f"{'audio-' * args.sounds}magnet-{args.size}-{args.clip:g}secs"
     if not (folder / "t5-base").is_dir():
-        model = MAGNeT(ModelConfig(card=2048, text_dim=768, seconds=args.clip, **SIZES[args.size]))
-        if args.sounds:
-            write_model(model, folder, sample_rate=CODEC_16KHZ.sample_rate)
-            write_audiocraft_codec(Codec.from_config(CODEC_16KHZ), folder)
-        else:
-            write_model(model, folder)
-            write_codec(Codec.from_config(CODEC_32KHZ), folder / "encodec_32khz")
-        del model
-        write_text_encoder(PUBLISHED["t5-base"], folder / "t5-base")
+        write_all(args, folder)
+        # Begin anew: the peak memory of a child counts what its parent held when it was started.
+        os.execv(sys.executable, [sys.executable, "-m", "experiments.full_size", *sys.argv[1:]])
     start = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "sample.py", "80s driving pop with heavy drums", "--model", folder,
                     "--out", folder / "out.wav", "--dtype", args.dtype, "--device", "cpu",

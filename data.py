@@ -22,6 +22,7 @@ from t5_encoder import T5Encoder
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".opus")
 SAVE_EVERY = 1000  # new cache entries between two writes of a cache file
 VALIDATION_SHARE = 0.05
+VALIDATED_FROM = 10  # different files on, at least one is held out
 
 
 @dataclass
@@ -216,8 +217,8 @@ def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="locat
               toy_clips=6000, device="cpu"):
     """Read a data set: a folder, a JSON-lines manifest, or "toy" -> (training `Clips`, validation `Clips`).
 
-    Whole files are held out for validation, chosen by their content; of the toy world fresh clips are drawn. A data set
-    too small for that is validated on itself. ValueError where nothing can be read.
+    Whole files are held out for validation, chosen by their content, at least one of ten or more; of the toy world
+    fresh clips are drawn. A smaller data set is validated on itself. ValueError where nothing can be read.
     """
     path = Path(data)
     if not round(seconds * codec.sample_rate) >= 1:
@@ -232,7 +233,10 @@ def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="locat
     else:
         raise ValueError(f"{data}: no such data set (want a folder, a JSON-lines manifest, or toy)")
     if data != "toy":
-        held_out = {key for _, key, _, _ in train if int(key[:8], 16) < VALIDATION_SHARE * 2**32}
+        keys = {key for _, key, _, _ in train}
+        held_out = {key for key in keys if int(key[:8], 16) < VALIDATION_SHARE * 2**32}
+        if not held_out and len(keys) >= VALIDATED_FROM:
+            held_out = {min(keys)}
         valid = [entry for entry in train if entry[1] in held_out]
         train = [entry for entry in train if entry[1] not in held_out]
     codes, text = encode(train + valid, bad, codec, encoder, seconds, cache_dir, device)

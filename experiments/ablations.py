@@ -1,16 +1,16 @@
 """The paper's ablations at toy scale: every cell is trained, played and judged, and becomes a row of a CSV file.
 
-`spans`     span length x restricted context, each trained from scratch        [Tab. 2]
+`spans`     span length x restricted context, a training for each               [Tab. 2]
 `guidance`  constant 1, 3 and 10 against annealing 10 -> 1                      [Sec. 3.3]
 `steps`     decoding steps of the first codebook
 `sampling`  temperature and nucleus
 `order`     nonoverlap against stride1 spans, hidden by max or prod scores
 
-`spans` trains models of its own; the others decode with --model, and with its own settings but for those in question.
-A cell that the CSV holds is not computed again, and a training that was cut goes on, so the same command finishes what
-was stopped.
+`spans` trains models of its own, from nothing or, with `--train-flags "--init-from toy"`, from the same weights; the
+others decode with --model, and with its own settings but for those in question. A cell that the CSV holds is not
+computed again, and a training that was cut goes on, so the same command finishes what was stopped.
 
-    python -m experiments.ablations spans --steps 1500
+    python -m experiments.ablations spans --steps 18000
     python -m experiments.ablations guidance steps sampling order --model toy
     python -m experiments.plots                                              # draws what the CSV files hold
 """
@@ -25,10 +25,11 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import torch
 
-from cli import Parser, pick_device, run
+from cli import Parser, fingerprint, pick_device, run
 from model import load_model
 from sample import SamplingConfig
 from toy.evaluate import evaluate
@@ -36,6 +37,7 @@ from toy.world import ATTRIBUTES
 
 RESULTS = Path(__file__).parent / "results"
 SPAN_LENGTHS, CONTEXTS = (1, 2, 3, 5, 10), (100.0, -1.0)  # frames of 20 ms; ms, negative: everywhere
+SPANS_SAMPLING = SamplingConfig(guidance_start=3.0, guidance_end=1.0)  # weaker than the paper's, as suits toy models
 COLUMNS = ("experiment", "setting", "seed", "overall_seen", "overall_unseen",
            *(f"{name}_{kind}" for kind in ("seen", "unseen") for name in ATTRIBUTES), "frechet", "diversity",
            "val_1", "val_2", "val_3", "val_4", "n_prompts", "seconds", "model", "steps", "hardware", "command")
@@ -78,21 +80,20 @@ def add_row(path, row, columns=COLUMNS):
 
 
 def is_done(path, cell):
-    """Whether a results file holds a cell: the same experiment, setting, seed, model and number of training steps."""
+    """Whether a results file holds a cell: the same experiment, setting, seed, and all else that is named."""
     return any(all(row[name] == str(value) for name, value in cell.items()) for row in read_rows(path))
 
 
-def measure(model, config, seed, args, losses=False):
+def measure(model, config, seed, args):
     """Play and judge: the measured columns of a row."""
     start = time.time()
-    result = evaluate(model, config, pick_device(args.device), args.n, floors=False, losses=losses, seed=seed,
-                      cache=args.cache)
+    result = evaluate(model, config, pick_device(args.device), args.n, floors=False, losses=False, seed=seed,
+                      cache=args.cache, repeated=2)
     shares = {kind: {name: case["share"] for name, case in result["adherence"][f"model, {kind}"].items()}
               for kind in ("seen", "unseen")}
     return {**{f"{name}_{kind}": share for kind in shares for name, share in shares[kind].items()},
             "frechet": result["frechet"]["model"], "diversity": result["diversity"]["samples of one prompt"],
-            **{f"val_{k}": x for k, x in enumerate(result.get("cross_entropy", {}).values(), 1)},
-            "n_prompts": result["n_prompts"], "seconds": time.time() - start}
+            "seconds": time.time() - start}
 
 
 def train_run(out, flags, args):
@@ -104,34 +105,54 @@ def train_run(out, flags, args):
     return shlex.join(["python", *command[1:]])
 
 
+def last_losses(out):
+    """Validation cross-entropy per codebook at the end of a run, mean over the mask rates."""
+    row = read_rows(out / "log.csv")[-1]
+    return {f"val_{k + 1}": mean(float(row[name]) for name in row if name.startswith(f"val_{k}_")) for k in range(4)}
+
+
 def ablate_spans(args, common):
     path = RESULTS / "spans.csv"
     for seed, span_len, context in product(args.seeds, SPAN_LENGTHS, CONTEXTS):
-        cell = {"experiment": "spans", "seed": seed, "steps": args.steps,
-                "setting": f"span {span_len}, context {'restricted' if context >= 0 else 'full'}"}
+        setting = f"span {span_len}, context {'restricted' if context >= 0 else 'full'}"
+        cell = {"experiment": "spans", "setting": setting, "seed": seed, "n_prompts": args.n // 2 * 2,
+                "steps": args.steps, "model": args.train_flags or "from nothing"}
         if is_done(path, cell):
             continue
         out = args.out / f"span{span_len}-context{context:g}-seed{seed}-steps{args.steps}"
         flags = ["--span-len", span_len, "--context-ms", context, "--seed", seed, "--steps", args.steps,
                  *shlex.split(args.train_flags)]
         command = train_run(out, [str(flag) for flag in flags], args)
-        add_row(path, {**cell, **measure(out, SamplingConfig(), seed, args, losses=True), **common, "model": out.name,
+        add_row(path, {**cell, **last_losses(out), **measure(out, SPANS_SAMPLING, seed, args), **common,
                        "command": command})
 
 
-def ablate_sampling(experiment, args, common):
+def name_with_weights(name):
+    """A model's name and the fingerprint of its weights, so that one trained anew is another."""
+    return f"{name} {fingerprint(load_model(name)[0])[:8]}"
+
+
+def ablate_sampling(experiment, args, common, measured):
+    """measured: {(settings, seed): columns} of the cells so far, since the model's own settings are a cell of several
+    experiments."""
     path, own = RESULTS / f"{experiment}.csv", SamplingConfig(**load_model(args.model)[1].get("sampling", {}))
+    model = name_with_weights(args.model)
     for seed, (setting, changes) in product(args.seeds, SAMPLING_CELLS[experiment].items()):
-        cell = {"experiment": experiment, "setting": setting, "seed": seed, "model": args.model}
-        if not is_done(path, cell):
-            add_row(path, {**cell, **measure(args.model, replace(own, **changes), seed, args), **common})
+        cell = {"experiment": experiment, "setting": setting, "seed": seed, "n_prompts": args.n // 2 * 2,
+                "model": model}
+        if is_done(path, cell):
+            continue
+        config = replace(own, **changes)
+        if (key := (str(config), seed)) not in measured:
+            measured[key] = measure(args.model, config, seed, args)
+        add_row(path, {**cell, **measured[key], **common})
 
 
 def main():
     parser = Parser(description="the paper's ablations at toy scale")
     parser.add_argument("experiments", nargs="+", choices=("spans", *SAMPLING_CELLS))
     parser.add_argument("--model", default="toy", help="what all but `spans` decode with")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of each model of `spans`")
+    parser.add_argument("--steps", type=int, default=18_000, help="training steps of each model of `spans`")
     parser.add_argument("--train-flags", default="", help="more flags for train.py, as one string")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--n", type=int, default=100, help="prompts per cell, half of them unseen pairs")
@@ -141,11 +162,12 @@ def main():
     args = parser.parse_args()
     common = {"hardware": hardware(pick_device(args.device)),
               "command": shlex.join(["python", "-m", "experiments.ablations", *sys.argv[1:]])}
+    measured = {}
     for experiment in args.experiments:
         if experiment == "spans":
             ablate_spans(args, common)
         else:
-            ablate_sampling(experiment, args, common)
+            ablate_sampling(experiment, args, common, measured)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from statistics import mean, median
 
 import torch
 
-from cli import DTYPES, Parser, check_same, fingerprint, pick_device, pick_dtype, run
+from cli import DTYPES, Parser, check_same, pick_device, pick_dtype, run
 from encodec_wrap import load_codec
-from experiments.ablations import RESULTS, add_row, hardware, is_done, read_rows
+from experiments.ablations import RESULTS, add_row, hardware, is_done, name_with_weights, read_rows
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate_as_trained
 from t5_encoder import T5Encoder
@@ -78,20 +78,20 @@ def measure(name, config, seed, n, device, reference=None, **rescorer):
                   "n_prompts": 2 * half}
 
 
-def named_with_weights(name, objective):
-    """A model's name and the fingerprint of its weights, so that one trained anew is another; ValueError if it was
-    trained for another objective."""
-    model = load_model(name)[0]
-    if model.config.objective != objective:
-        raise ValueError(f"--{objective} {name}: the model's objective is {model.config.objective}")
-    return f"{name} {fingerprint(model)[:8]}"
+def check_objective(name, objective):
+    """ValueError if a model was trained for another objective."""
+    has = load_model(name)[0].config.objective
+    if has != objective:
+        raise ValueError(f"--{objective} {name}: the model's objective is {has}")
 
 
 def compare_quality(args):
     models = {kind: name for kind in ("magnet", "ar", "hybrid") if (name := getattr(args, kind))}
     if not models or args.n < 4:
         raise ValueError("give at least one of --magnet, --ar, --hybrid, and --n of at least 4")
-    labels = {name: named_with_weights(name, kind) for kind, name in models.items()}
+    for kind, name in models.items():
+        check_objective(name, kind)
+    labels = {name: name_with_weights(name) for name in models.values()}
     device, path, real = pick_device(args.device), RESULTS / "quality.csv", None
     dtype = pick_dtype("auto", device)
     for seed, (method, setting, name, changes, weight) in product(args.seeds, quality_cells(models)):

@@ -333,6 +333,14 @@ def test_load_data_holds_out_the_same_files_after_others_were_added(load, music,
     assert captions_of(train) <= captions_of(more_train) and captions_of(valid) <= captions_of(more_valid)
 
 
+def test_load_data_holds_out_one_of_ten_files_where_the_share_picks_none(load, music, no_validation, capsys):
+    for i in range(10):
+        write_tone(music / f"{i}.wav", describe(i)[1], hertz=200 + 40 * i)
+    train, valid = load(music)
+    assert (len(train), len(valid)) == (9, 1) and not captions_of(train) & captions_of(valid)
+    assert "validating on the training clips" not in capsys.readouterr().out
+
+
 def test_load_data_validates_a_small_data_set_on_itself_and_says_so(load, three_files, capsys):
     train, valid = load(three_files)
     assert torch.equal(train.codes, valid.codes) and "validating on the training clips" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,8 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_pat
         ablations.main()
     assert len(measured) == len(set(measured)) == 2 * len(SAMPLING_CELLS["guidance"])
     assert ("toy", 10.0, 1.0, 1) in measured and ("toy", 3.0, 3.0, 0) in measured
+    model, = {row["model"] for row in read_rows(tmp_path / "guidance.csv")}
+    assert model.startswith("toy ") and len(model) == len("toy ") + 8, "the name and whose weights"
 
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["plots.py"])
@@ -58,16 +61,35 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_pat
     assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_settings_that_two_experiments_share_are_played_once(tmp_path, monkeypatch):
+    configs = []
+
+    def measure(model, config, seed, args):
+        configs.append(str(config))
+        return {"overall_seen": len(configs) / 100}
+
+    monkeypatch.setattr(ablations, "measure", measure)
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *SAMPLING_CELLS, "--seeds", "0"])
+    ablations.main()
+    assert len(configs) == len(set(configs))
+    own = {read_rows(tmp_path / f"{name}.csv")[i]["overall_seen"] for name, i in
+           (("guidance", 3), ("steps", 4), ("sampling", 2), ("order", 0))}
+    assert len(own) == 1, "the model's own settings are a cell of each"
+
+
 def test_spans_train_once_and_go_on_where_they_were_cut(tmp_path, monkeypatch):
     commands = []
 
     def train(command, **_):
         commands.append(command)
+        out = Path(command[command.index("--out") + 1])
         if "--resume" not in command:  # cut after its first checkpoint
-            out = tmp_path / "runs" / command[command.index("--out") + 1].split("/")[-1]
             out.mkdir(parents=True)
             (out / "checkpoint.pt").touch()
             raise KeyboardInterrupt
+        values = {f"val_{k}_{rate}": k + 1 + rate for k in range(4) for rate in (0.1, 0.3)}
+        add_row(out / "log.csv", {"step": 5, **values}, ("step", *values))
 
     monkeypatch.setattr(ablations, "SPAN_LENGTHS", (3,))
     monkeypatch.setattr(ablations, "CONTEXTS", (100.0,))
@@ -83,4 +105,6 @@ def test_spans_train_once_and_go_on_where_they_were_cut(tmp_path, monkeypatch):
     assert len(commands) == 2 and commands[1] == [*commands[0], "--resume"]
     assert "--span-len 3 --context-ms 100.0" in " ".join(commands[0]) and commands[0][-2:] == ["--dim", "48"]
     with (tmp_path / "spans.csv").open() as file:
-        assert [row["setting"] for row in csv.DictReader(file)] == ["span 3, context restricted"]
+        row, = csv.DictReader(file)
+    assert row["setting"] == "span 3, context restricted" and row["model"] == "--dim 48"
+    assert [float(row[f"val_{k}"]) for k in (1, 2, 3, 4)] == [1.2, 2.2, 3.2, 4.2]

@@ -111,11 +111,13 @@ def swap_shares(before, after, labels, which):
             for name, x in cases.items()}
 
 
-def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, seed=0, cache="cache"):
+def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, seed=0, cache="cache",
+             repeated=8):
     """All numbers for the model called `name`, as one dictionary of plain types.
 
     n: prompts; swaps: pairs of prompts with one word swapped; floors: whether real clips and their codec
-    reconstructions are read as well; losses: whether to measure the validation cross-entropy; seed: of the sampling.
+    reconstructions are read as well; losses: whether to measure the validation cross-entropy; seed: of the sampling;
+    repeated: prompts that are played four times each, for the diversity.
     """
     model, names = load_model(name, device, pick_dtype("auto", device))
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
@@ -146,7 +148,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
                              for split in SPLITS.values() for i in range(half)])
     reference = in_parts(judge.embed, reference)
     result["frechet"] = {what: frechet(torch.cat(parts), reference) for what, parts in embeddings.items()}
-    captions = [describe(i, "valid", SEED)[1] for i in range(8) for _ in range(4)]
+    captions = [describe(i, "valid", SEED)[1] for i in range(repeated) for _ in range(4)]
     repeats = in_parts(judge.embed, play(model, codec, encoder, captions, config, device, seed + 1))
     result["diversity"] = {"samples of one prompt": spread(repeats, 4), "real clips": spread(reference[:half], half)}
     if swaps:

@@ -158,21 +158,23 @@ def load_all(args, device):
                          f"{model.config.card}")
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
     check_same(names, codec, encoder)
-    return model, config, codec, encoder, load_rescorer(args, codec, encoder, device)
+    rescorer = load_rescorer(args.rescorer, args.rescorer_weight, codec, encoder, device, args.dtype)
+    return model, config, codec, encoder, rescorer
 
 
-def load_rescorer(args, codec, encoder, device):
-    """The arguments of `generate` that --rescorer stands for; ValueError if it reads other codes or texts."""
-    if args.rescorer is None or args.rescorer_weight == 0:
+def load_rescorer(name, weight, codec, encoder, device, dtype="auto"):
+    """The arguments of `generate` for the rescorer called `name`, or None; ValueError if it reads other codes or texts
+    than those of codec and text encoder."""
+    if name is None or weight == 0:
         return {}
-    rescorer, names = load_model(args.rescorer, device, pick_dtype(args.dtype, device))
+    rescorer, names = load_model(name, device, pick_dtype(dtype, device))
     K = rescorer.config.n_codebooks
     if "codec_id" not in names:  # a published model does not say which weights those are
         names |= identities(load_codec(names["codec"], K, device), T5Encoder.from_pretrained(names["text_encoder"]))
     mine = identities(codec, encoder)
     if K != codec.n_codebooks or any(names[key] != mine[key] for key in mine):
-        raise ValueError(f"--rescorer {args.rescorer}: has another codec or text encoder than --model {args.model}")
-    return {"rescorer": rescorer, "rescorer_weight": args.rescorer_weight}
+        raise ValueError(f"--rescorer {name}: has another codec or text encoder than --model")
+    return {"rescorer": rescorer, "rescorer_weight": weight}
 
 
 def read_given(args, codec, seconds, device):

@@ -11,8 +11,9 @@ from cli import check_same
 from encodec_wrap import Codec, CodecConfig, load_codec
 from hub import dequantized
 from model import load_model
+from sample import SamplingConfig
 from t5_encoder import T5Encoder, Tokenizer
-from toy.evaluate import frechet, swap_shares, swapped_prompts, wilson
+from toy.evaluate import evaluate, frechet, swap_shares, swapped_prompts, wilson
 from toy.export import main as export
 from toy.export import quantized
 from toy.judge import cross_check, load_judge
@@ -509,3 +510,15 @@ def test_swap_shares_count_a_case_only_if_the_attribute_changes_and_no_other():
     after = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]])  # as asked, no change, another moved, as asked
     changed, stays, both = (case["share"] for case in swap_shares(before, after, labels, which).values())
     assert (changed, stays, both) == (0.75, 7 / 8, 0.5)
+
+
+def test_evaluate_lets_the_rescorer_have_its_say():
+    config = SamplingConfig(decoding_steps=(4, 1, 1, 1))
+    numbers = [evaluate("toy", config, torch.device("cpu"), n=4, floors=False, losses=False, repeated=1, **rescorer)
+               for rescorer in ({}, {"rescorer": "toy-ar", "rescorer_weight": 0.0}, {"rescorer": "toy-ar"})]
+    assert numbers[0]["frechet"] == numbers[1]["frechet"] != numbers[2]["frechet"]
+
+
+def test_evaluate_refuses_to_rescore_an_autoregressive_model():
+    with pytest.raises(ValueError, match="only parallel decoding can be rescored"):
+        evaluate("toy-ar", SamplingConfig(), torch.device("cpu"), rescorer="toy")

@@ -5,6 +5,7 @@ clips of the same attributes and their codec reconstructions go the same way, as
 intervals. The Frechet distance is between judge embeddings of the samples and of other real clips.
 
     python -m toy.evaluate --model toy --json toy.json
+    python -m toy.evaluate --model toy --rescorer toy-ar --rescorer-weight 0.5
 """
 
 import json
@@ -20,7 +21,7 @@ from cli import Parser, add_flags, check_same, from_flags, pick_device, pick_dty
 from data import collect, encode, toy_sources
 from encodec_wrap import load_codec
 from model import load_model
-from sample import BATCH, SamplingConfig, generate_as_trained
+from sample import BATCH, SamplingConfig, check_kind, generate_as_trained, load_rescorer
 from t5_encoder import T5Encoder
 from toy.judge import load_judge
 from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, caption, describe, example
@@ -112,21 +113,28 @@ def swap_shares(before, after, labels, which):
 
 
 def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, seed=0, cache="cache",
-             repeated=8):
+             repeated=8, rescorer=None, rescorer_weight=0.5):
     """All numbers for the model called `name`, as one dictionary of plain types.
 
     n: prompts; swaps: pairs of prompts with one word swapped; floors: whether real clips and their codec
     reconstructions are read as well; losses: whether to measure the validation cross-entropy; seed: of the sampling;
-    repeated: prompts that are played four times each, for the diversity.
+    repeated: prompts that are played four times each, for the diversity; rescorer: name of a second model to rescore.
     """
     model, names = load_model(name, device, pick_dtype("auto", device))
+    check_kind(model, False, rescorer and rescorer_weight)
     codec = load_codec(names["codec"], model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(names["text_encoder"])
     check_same(names, codec, encoder)
     if codec.sample_rate != SAMPLE_RATE:
         raise ValueError(f"the judge listens at {SAMPLE_RATE} Hz; {name} plays at {codec.sample_rate}")
     judge, half = load_judge(), n // 2
-    result = {"model": str(name), "n_prompts": 2 * half, "sampling": vars(config), "device": str(device)}
+    more = load_rescorer(rescorer, rescorer_weight, codec, encoder, device)
+    result = {"model": str(name), "n_prompts": 2 * half, "sampling": vars(config), "device": str(device),
+              "rescorer": rescorer and f"{rescorer}, weight {rescorer_weight:g}"}
+
+    def play_all(captions, seed):
+        return play(model, codec, encoder, captions, config, device, seed, **more)
+
     result["adherence"] = {}
     embeddings = {"real": [], "codec": [], "model": []} if floors else {"model": []}
     seconds = 0.0
@@ -134,7 +142,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
         prompts = [describe(i, split, SEED)[:2] for i in range(half)]
         labels = torch.stack([labels_of(attributes) for attributes, _ in prompts])
         start = time.perf_counter()
-        wavs = {"model": play(model, codec, encoder, [caption for _, caption in prompts], config, device, seed)}
+        wavs = {"model": play_all([caption for _, caption in prompts], seed)}
         seconds += time.perf_counter() - start
         if floors:
             clips = [example(i, split, SEED, model.config.seconds)[0] for i in range(half)]
@@ -149,11 +157,11 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
     reference = in_parts(judge.embed, reference)
     result["frechet"] = {what: frechet(torch.cat(parts), reference) for what, parts in embeddings.items()}
     captions = [describe(i, "valid", SEED)[1] for i in range(repeated) for _ in range(4)]
-    repeats = in_parts(judge.embed, play(model, codec, encoder, captions, config, device, seed + 1))
+    repeats = in_parts(judge.embed, play_all(captions, seed + 1))
     result["diversity"] = {"samples of one prompt": spread(repeats, 4), "real clips": spread(reference[:half], half)}
     if swaps:
         *captions, labels, which = swapped_prompts(swaps)
-        read = [judge.read(play(model, codec, encoder, side, config, device, seed + 2)) for side in captions]
+        read = [judge.read(play_all(side, seed + 2)) for side in captions]
         result["swaps"] = swap_shares(*read, labels, which)
     if losses:
         entries = toy_sources(64, "valid", model.config.seconds)
@@ -186,6 +194,8 @@ def main():
     parser.add_argument("--swaps", type=int, default=100, help="pairs of prompts that differ in one attribute; 0: none")
     parser.add_argument("--json", type=Path, help="file to write all numbers to")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rescorer", help="a second model that rescores, as that of sample.py")
+    parser.add_argument("--rescorer-weight", type=float, default=0.5, help="of its opinion, 0 to 1")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache", default="cache")
     add_flags(parser, SamplingConfig)
@@ -193,8 +203,10 @@ def main():
     args = parser.parse_args()
     if args.n < 4:
         raise ValueError(f"--n must be at least 4, not {args.n}")
+    if not 0 <= args.rescorer_weight <= 1:
+        raise ValueError(f"--rescorer-weight must be between 0 and 1, not {args.rescorer_weight:g}")
     result = evaluate(args.model, from_flags(args, SamplingConfig), pick_device(args.device), args.n, args.swaps,
-                      seed=args.seed, cache=args.cache)
+                      seed=args.seed, cache=args.cache, rescorer=args.rescorer, rescorer_weight=args.rescorer_weight)
     print_table(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

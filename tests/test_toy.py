@@ -2,6 +2,7 @@
 and the small pieces of its codec's and its text encoder's training."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from toy.judge import cross_check, load_judge
 from toy.mel import log_mel, mel_filters, mel_spectrogram
 from toy.signals import READERS, onsets, pitch
 from toy.train_codec import draw_cuts, reconstruction_losses, revive_dead_codes
+from toy.train_codec import main as train_codec
 from toy.train_text import draw_caption, read_attributes, train_tokenizer
 from toy.world import (
     ATTRIBUTES,
@@ -510,6 +512,14 @@ def test_swap_shares_count_a_case_only_if_the_attribute_changes_and_no_other():
     after = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]])  # as asked, no change, another moved, as asked
     changed, stays, both = (case["share"] for case in swap_shares(before, after, labels, which).values())
     assert (changed, stays, both) == (0.75, 7 / 8, 0.5)
+
+
+def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_codec.py", "--out", str(tmp_path), "--steps", "5", "--clips", "3",
+                                      "--batch-size", "2", "--seconds", "0.1"])
+    train_codec()
+    codec = load_codec(tmp_path / "codec.pt")
+    assert all(layer._codebook.inited and layer._codebook.embed.any() for layer in codec.model.quantizer.vq.layers)
 
 
 def test_evaluate_lets_the_rescorer_have_its_say():

@@ -24,7 +24,7 @@ from encodec_wrap import Codec, CodecConfig, load_audio
 from toy.mel import log_mel, mel_spectrogram
 from toy.world import FRAME_RATE, SAMPLE_RATE, SECONDS, example
 
-UNQUANTIZED_STEPS = 1500
+UNQUANTIZED_STEPS, UNQUANTIZED_SHARE = 1500, 0.2  # whichever is over first; a share of the steps or the minutes
 
 
 def toy_clips(n):
@@ -134,9 +134,9 @@ def main():
         latents = model.encoder(target[:, None])  # (B, D, T)
         commit = torch.zeros((), device=args.device)
         quantized = latents
-        if step == UNQUANTIZED_STEPS:
-            start_codebooks(model, draw_cuts(clips, 60, args.seconds).to(args.device))
-        if step >= UNQUANTIZED_STEPS:
+        if step >= UNQUANTIZED_STEPS or progress >= UNQUANTIZED_SHARE:
+            if not model.quantizer.vq.layers[0]._codebook.inited:
+                start_codebooks(model, draw_cuts(clips, 60, args.seconds).to(args.device))
             quantized, _, commits = model.quantizer.vq(latents)
             commit = commits.mean()
             if step % 50 == 0:

@@ -36,7 +36,7 @@ from toy.evaluate import evaluate
 from toy.world import ATTRIBUTES
 
 RESULTS = Path(__file__).parent / "results"
-SPAN_LENGTHS, CONTEXTS = (1, 2, 3, 5, 10), (100.0, -1.0)  # frames of 20 ms; ms, negative: everywhere
+CONTEXTS = (100.0, -1.0)  # of `spans`: ms, negative: everywhere
 SPANS_SAMPLING = SamplingConfig(guidance_start=3.0, guidance_end=1.0)  # weaker than the paper's, as suits toy models
 COLUMNS = ("experiment", "setting", "seed", "overall_seen", "overall_unseen",
            *(f"{name}_{kind}" for kind in ("seen", "unseen") for name in ATTRIBUTES), "frechet", "diversity",
@@ -113,7 +113,7 @@ def last_losses(out):
 
 def ablate_spans(args, common):
     path = RESULTS / "spans.csv"
-    for seed, span_len, context in product(args.seeds, SPAN_LENGTHS, CONTEXTS):
+    for seed, span_len, context in product(args.seeds, args.span_lengths, CONTEXTS):
         setting = f"span {span_len}, context {'restricted' if context >= 0 else 'full'}"
         cell = {"experiment": "spans", "setting": setting, "seed": seed, "n_prompts": args.n // 2 * 2,
                 "steps": args.steps, "model": args.train_flags or "from nothing"}
@@ -153,6 +153,7 @@ def main():
     parser.add_argument("experiments", nargs="+", choices=("spans", *SAMPLING_CELLS))
     parser.add_argument("--model", default="toy", help="what all but `spans` decode with")
     parser.add_argument("--steps", type=int, default=18_000, help="training steps of each model of `spans`")
+    parser.add_argument("--span-lengths", type=int, nargs="+", default=[1, 2, 3, 5, 10], help="frames, of `spans`")
     parser.add_argument("--train-flags", default="", help="more flags for train.py, as one string")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--n", type=int, default=100, help="prompts per cell, half of them unseen pairs")

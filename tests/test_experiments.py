@@ -91,13 +91,12 @@ def test_spans_train_once_and_go_on_where_they_were_cut(tmp_path, monkeypatch):
         values = {f"val_{k}_{rate}": k + 1 + rate for k in range(4) for rate in (0.1, 0.3)}
         add_row(out / "log.csv", {"step": 5, **values}, ("step", *values))
 
-    monkeypatch.setattr(ablations, "SPAN_LENGTHS", (3,))
     monkeypatch.setattr(ablations, "CONTEXTS", (100.0,))
     monkeypatch.setattr(ablations, "RESULTS", tmp_path)
     monkeypatch.setattr(ablations.subprocess, "run", train)
     monkeypatch.setattr(ablations, "measure", lambda *_, **__: {"overall_seen": 0.5})
     monkeypatch.setattr(sys, "argv", ["ablations.py", "spans", "--seeds", "0", "--out", str(tmp_path / "runs"),
-                                      "--train-flags=--dim 48"])
+                                      "--span-lengths", "3", "--train-flags=--dim 48"])
     with pytest.raises(KeyboardInterrupt):
         ablations.main()
     for _ in range(2):

@@ -24,7 +24,7 @@ from experiments.ablations import RESULTS, add_row, hardware, is_done, name_with
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate_as_trained
 from t5_encoder import T5Encoder
-from toy.evaluate import SEED, SPLITS, adherence, frechet, in_parts, labels_of, play, wilson
+from toy.evaluate import SEED, SPLITS, adherence, frechet, in_parts, labels_of, play, with_interval
 from toy.judge import load_judge
 from toy.world import describe, example
 
@@ -187,11 +187,9 @@ def print_quality(rows):
     print("| method | setting | adherence, seen | adherence, unseen | Frechet distance | seconds per clip |")
     print("|---" * 6 + "|")
     for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
-        cell, shares = [row for row in rows if (row["method"], row["setting"]) == (method, setting)], []
-        for kind in SPLITS:
-            share = mean(float(row[f"overall_{kind}"]) for row in cell)
-            low, high = wilson(share, sum(int(row["n_prompts"]) for row in cell) // 2)
-            shares.append(f"{share:.1%} ({low:.0%}-{high:.0%})")
+        cell = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
+        n = sum(int(row["n_prompts"]) for row in cell) // 2
+        shares = (with_interval(mean(float(row[f"overall_{kind}"]) for row in cell), n) for kind in SPLITS)
         rest = (format(mean(float(row[name]) for row in cell), ".3g") for name in ("frechet", "seconds_per_clip"))
         print("| " + " | ".join((method, setting, *shares, *rest)) + " |")
 

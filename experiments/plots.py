@@ -9,6 +9,7 @@ import matplotlib
 
 from cli import Parser, run
 from experiments.ablations import RESULTS, SAMPLING_CELLS, read_rows
+from toy.evaluate import with_interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
@@ -21,7 +22,7 @@ def by_setting(rows):
     settings = {}
     for row in rows:
         columns = settings.setdefault(row["setting"], {})
-        for name in MEASURES:
+        for name in (*MEASURES, "n_prompts"):
             columns.setdefault(name, []).append(float(row[name]))
     return settings
 
@@ -44,10 +45,12 @@ def draw(rows, path):
 
 
 def print_table(rows):
+    """Means over the seeds; shares with the interval of that many clips, of which half are of each kind."""
     print(f"\n| {rows[0]['experiment']} | " + " | ".join(MEASURES.values()) + " | seeds |\n|---|" + "---|" * 4)
     for setting, columns in by_setting(rows).items():
-        cells = [format(mean(columns[name]), ".3g" if name == "frechet" else ".1%") for name in MEASURES]
-        print(f"| {setting} | " + " | ".join(cells) + f" | {len(columns['frechet'])} |")
+        n, means = sum(columns["n_prompts"]) // 2, {name: mean(columns[name]) for name in MEASURES}
+        shares = " | ".join(with_interval(means[f"overall_{kind}"], n) for kind in ("seen", "unseen"))
+        print(f"| {setting} | {shares} | {means['frechet']:.0f} | {len(columns['frechet'])} |")
 
 
 def main():

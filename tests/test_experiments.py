@@ -38,7 +38,7 @@ def test_every_sampling_cell_is_a_config_that_differs_from_the_others():
         assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 
 
-def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_path, monkeypatch):
+def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_path, monkeypatch, capsys):
     measured = []
 
     def measure(model, config, seed, args):
@@ -59,6 +59,8 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_pat
     monkeypatch.setattr(sys, "argv", ["plots.py"])
     plots.main()
     assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG"
+    row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 2 |"  # intervals of 100 clips, 50 for each seed
+    assert row in capsys.readouterr().out.splitlines()
 
 
 def test_settings_that_two_experiments_share_are_played_once(tmp_path, monkeypatch):

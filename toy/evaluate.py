@@ -42,6 +42,12 @@ def wilson(share, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def with_interval(share, n):
+    """A share in words: `95.0% (89%-98%)`."""
+    low, high = wilson(share, n)
+    return f"{share:.1%} ({low:.0%}-{high:.0%})"
+
+
 def frechet(a, b):
     """Frechet distance between Gaussians fitted to embeddings (n, E) and (m, E)."""
     a, b = a.double(), b.double()

@@ -31,7 +31,7 @@ def draw_tokens(logits, top_k, temperature, greedy=False, generator=None):
     if greedy or temperature == 0:
         return logits.argmax(dim=-1)
     top, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-    probs = torch.softmax(top / temperature, dim=-1).flatten(0, -2)
+    probs = torch.softmax(top / max(temperature, 1e-6), dim=-1).flatten(0, -2)
     drawn = torch.multinomial(probs, 1, generator=generator).view(*logits.shape[:-1], 1)
     return ids.gather(-1, drawn)[..., 0]
 
@@ -63,9 +63,11 @@ def generate_autoregressive(model, text, text_mask, n_frames, guidance=3.0, top_
     delayed codes, and leaves the later ones UNKNOWN (for `generate_hybrid`). Raises ValueError where an argument does
     not fit the model.
     """
-    if not 0 <= temperature < math.inf or top_k < 0 or not math.isfinite(guidance):
-        raise ValueError("temperature and top_k must be zero or positive and guidance finite, not "
-                         f"{temperature}, {top_k} and {guidance}")
+    for name, value in (("temperature", temperature), ("top_k", top_k)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be zero or positive, not {value}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, not {guidance}")
     audio_prompt = check_arguments(model, ("ar", "hybrid"), text, n_frames, audio_prompt)
     B, K, P = audio_prompt.shape
     codes = audio_prompt.new_full((B, K, n_frames), UNKNOWN)
@@ -108,7 +110,7 @@ def generate_hybrid(model, text, text_mask, n_frames, prompt_seconds, config=Non
         raise ValueError(f"prompt_seconds must be zero or positive, not {prompt_seconds}")
     config = fit_steps(config or SamplingConfig(), model.config.n_codebooks)
     audio_prompt = check_arguments(model, ("hybrid",), text, n_frames, audio_prompt)
-    n_prompt = max(round(prompt_seconds * frame_rate), audio_prompt.shape[2])
+    n_prompt = max(round(min(prompt_seconds * frame_rate, n_frames)), audio_prompt.shape[2])
     n_positions = 1 + n_prompt if n_prompt < n_frames else n_frames + model.config.n_codebooks
     codes = generate_autoregressive(
         model, text, text_mask, n_frames, config.ar_guidance, config.ar_top_k, config.ar_temperature, config.greedy,

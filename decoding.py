@@ -261,7 +261,8 @@ def check_arguments(model, objectives, text, n_frames, audio_prompt, given=None)
 def rescoring(rescorer, weight, text, text_mask):
     """[Sec. 3.4, Eq. 5] A function that mixes another model's probabilities into the confidence; None at weight 0.
 
-    rescorer: anything with `score_codes(codes, stage, text, text_mask)` -> (B, T), the probability of each token.
+    rescorer: anything with `score_codes(codes, stage, text, text_mask)` -> (B, T), the probability of each token. It
+    must know the same codes and texts as the model that decodes.
     Deviation: as in Fig. 4 the weight is the rescorer's and only the ranking of spans changes; in Eq. 5 it is MAGNeT's.
     The two are mixed as they are, MAGNeT's tempered and guided, the rescorer's at temperature 1 and with the text; the
     rescorer sees mask tokens in the codebooks that are yet to be decoded. The paper says nothing of either.
@@ -273,7 +274,11 @@ def rescoring(rescorer, weight, text, text_mask):
 
     def rescore(confidence, codes, stage):
         prompts = (None, None) if text is None else (text.to(codes.device), text_mask.to(codes.device))
-        return torch.lerp(confidence, rescorer.score_codes(codes, stage, *prompts).to(confidence), weight)
+        scores = rescorer.score_codes(codes, stage, *prompts).to(confidence)
+        if scores.shape != confidence.shape:
+            raise ValueError(f"score_codes of the rescorer gave {tuple(scores.shape)} for {tuple(confidence.shape)} "
+                             "tokens")
+        return torch.lerp(confidence, scores, weight)
     return rescore
 
 

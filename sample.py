@@ -28,9 +28,10 @@ BATCH = 16  # clips that are decoded together
 def check_kind(model, has_gap, rescored):
     """ValueError if the model is asked for what only decoding in parallel can do."""
     if has_gap and model.config.objective != "magnet":
-        raise ValueError("only a MAGNeT can fill in a gap; this model writes from left to right")
+        raise ValueError("only a MAGNeT can fill in a gap (--inpaint); this model's objective is "
+                         f"{model.config.objective}")
     if rescored and model.config.objective == "ar":
-        raise ValueError("only parallel decoding can be rescored; this model is autoregressive")
+        raise ValueError("only parallel decoding can be rescored (--rescorer); this model's objective is ar")
 
 
 def generate_as_trained(model, text, text_mask, n_frames, config, audio_prompt=None, generator=None, on_step=None,

@@ -18,24 +18,23 @@ from statistics import mean, median
 
 import torch
 
-from cli import DTYPES, Parser, check_same, pick_device, pick_dtype, run
-from encodec_wrap import load_codec
+from cli import DTYPES, Parser, pick_device, pick_dtype, positive, run
 from experiments.ablations import RESULTS, add_row, hardware, is_done, name_with_weights, read_rows
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate_as_trained
-from t5_encoder import T5Encoder
-from toy.evaluate import SEED, SPLITS, adherence, frechet, in_parts, labels_of, play, with_interval
-from toy.judge import load_judge
-from toy.world import describe, example
+from toy.evaluate import SPLITS, evaluate, with_interval
+from toy.world import ATTRIBUTES
 
 WEIGHTS, PROMPTS = (0.25, 0.5, 0.75), (0.0, 1.0, 2.0, 4.0)  # of the rescorer; seconds of a hybrid's prompt
+SIBLINGS = {"MAGNeT + rescoring": "MAGNeT", "hybrid 0 s": "MAGNeT", "hybrid 4 s": "autoregressive"}
 FRAME_RATE = 50  # of the models of `latency`
 SHAPES = {  # of the models of `latency`
     "small": {"dim": 1024, "n_heads": 16, "n_layers": 24, "card": 2048, "text_dim": 768},  # as magnet-small
     "toy": {"dim": 160, "n_heads": 5, "n_layers": 6, "card": 256, "text_dim": 128},
     "tiny": {"dim": 32, "n_heads": 2, "n_layers": 1, "card": 16, "text_dim": 8}}
 QUALITY = ("method", "setting", "seed", "n_prompts", *(f"{name}_{kind}" for kind in SPLITS for name in
-           ("overall", "low", "high")), "frechet", "seconds_per_clip", "model", "rescorer", "dtype", "hardware")
+           ("overall", "low", "high")), "frechet", "seconds_per_clip", "model", "rescorer", "dtype", "hardware",
+           "right")  # the last: how many attributes are right in each clip, as one digit each
 LATENCY = ("method", "shape", "dtype", "batch", "length", "seconds", "repeats", "hardware")
 
 
@@ -51,31 +50,17 @@ def quality_cells(models):
     return cells + [("hybrid", f"{s:g} s", hybrid, {"hybrid_seconds": s}, 0.0) for s in PROMPTS if hybrid]
 
 
-def embed_real(judge, n, seconds):
-    """The judge's embeddings of real clips, which the Frechet distance is to."""
-    clips = [torch.from_numpy(example(i, split, SEED + 1, seconds)[0]) for split in SPLITS.values() for i in range(n)]
-    return in_parts(judge.embed, torch.stack(clips))
-
-
-def measure(name, config, seed, n, device, reference=None, **rescorer):
-    """Play and judge n prompts: the measured columns of a row; reference: see `embed_real`."""
-    model, names = load_model(name, device, pick_dtype("auto", device))
-    codec = load_codec(names["codec"], model.config.n_codebooks, device)
-    encoder = T5Encoder.from_pretrained(names["text_encoder"])
-    check_same(names, codec, encoder)
-    judge, half, row, embeddings, taken = load_judge(), n // 2, {}, [], 0.0
-    for kind, split in SPLITS.items():
-        prompts = [describe(i, split, SEED)[:2] for i in range(half)]
-        start = time.perf_counter()
-        wavs = play(model, codec, encoder, [text for _, text in prompts], config, device, seed, **rescorer)
-        taken += time.perf_counter() - start
-        overall = adherence(in_parts(judge.read, wavs), torch.stack([labels_of(a) for a, _ in prompts]))["overall"]
+def measure(name, config, seed, args, rescorer=None, weight=0.0):
+    """Play and judge: the measured columns of a row."""
+    result = evaluate(name, config, pick_device(args.device), args.n, floors=False, losses=False, seed=seed, repeated=1,
+                      rescorer=rescorer, rescorer_weight=weight)
+    row = {"frechet": result["frechet"]["model"], "seconds_per_clip": result["seconds_per_clip"], "right": ""}
+    for kind in SPLITS:
+        overall = result["adherence"][f"model, {kind}"]["overall"]
         row |= dict(zip((f"overall_{kind}", f"low_{kind}", f"high_{kind}"), (overall["share"], *overall["interval"]),
                         strict=True))
-        embeddings.append(in_parts(judge.embed, wavs))
-    reference = embed_real(judge, half, model.config.seconds) if reference is None else reference
-    return row | {"frechet": frechet(torch.cat(embeddings), reference), "seconds_per_clip": taken / (2 * half),
-                  "n_prompts": 2 * half}
+        row["right"] += result["right"][f"model, {kind}"]
+    return row
 
 
 def check_objective(name, objective):
@@ -92,20 +77,17 @@ def compare_quality(args):
     for kind, name in models.items():
         check_objective(name, kind)
     labels = {name: name_with_weights(name) for name in models.values()}
-    device, path, real = pick_device(args.device), RESULTS / "quality.csv", None
-    dtype = pick_dtype("auto", device)
+    device, path = pick_device(args.device), RESULTS / "quality.csv"
     for seed, (method, setting, name, changes, weight) in product(args.seeds, quality_cells(models)):
+        rescorer = models["ar"] if weight else None
         cell = {"method": method, "setting": setting, "seed": seed, "model": labels[name], "n_prompts": args.n // 2 * 2,
-                "rescorer": labels[models["ar"]] if weight else "", "dtype": str(dtype).removeprefix("torch.")}
-        if is_done(path, cell):
-            continue
-        rescorer = {"rescorer": load_model(models["ar"], device, dtype)[0], "rescorer_weight": weight} if weight else {}
-        if real is None:
-            real = embed_real(load_judge(), args.n // 2, load_model(name)[0].config.seconds)
-        config = SamplingConfig(**load_model(name)[1].get("sampling", {}) | changes)
-        measured = measure(name, config, seed, args.n, device, real, **rescorer)
-        add_row(path, {**cell, **measured, "hardware": hardware(device)}, QUALITY)
-        print(f"{method:20}{setting:8} seed {seed}: " + ", ".join(f"{key} {x:.3g}" for key, x in measured.items()))
+                "rescorer": labels.get(rescorer, ""), "dtype": str(pick_dtype("auto", device)).removeprefix("torch.")}
+        if not is_done(path, cell):
+            config = SamplingConfig(**load_model(name)[1].get("sampling", {}) | changes)
+            add_row(path, {**cell, **(row := measure(name, config, seed, args, rescorer, weight)),
+                           "hardware": hardware(device)}, QUALITY)
+            print(f"{method:20}{setting:8} seed {seed}: {row['overall_seen']:.1%} seen, {row['overall_unseen']:.1%} "
+                  f"unseen, Frechet distance {row['frechet']:.0f}, {row['seconds_per_clip']:.2f} s per clip")
 
 
 # ------------------------------------------------------------------------------------------------------------- latency
@@ -194,6 +176,30 @@ def print_quality(rows):
         print("| " + " | ".join((method, setting, *shares, *rest)) + " |")
 
 
+def paired_difference(rows, others):
+    """By how many points of adherence `rows` are above `others`, on the same prompts: (mean, low, high) of 95%.
+
+    The seeds of a prompt are averaged before they are compared: they are not trials of their own.
+    """
+    means = (torch.tensor([[int(digit) for digit in row["right"]] for row in cell]).double().mean(dim=0)
+             for cell in (rows, others))
+    points = torch.sub(*means) * 100 / len(ATTRIBUTES)  # (n_prompts,)
+    middle, half = points.mean().item(), 1.96 * points.std().item() / len(points) ** 0.5
+    return middle, middle - half, middle + half
+
+
+def print_differences(rows):
+    """What each method gains or loses against that of `SIBLINGS`."""
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["method"], row["setting"]), []).append(row)
+    for (method, setting), cell in cells.items():
+        sibling = SIBLINGS.get(method) or SIBLINGS.get(f"{method} {setting}")
+        if (sibling, "") in cells:
+            middle, low, high = paired_difference(cell, cells[sibling, ""])
+            print(f"{method} {setting} against {sibling}: {middle:+.1f} points ({low:+.1f} to {high:+.1f})")
+
+
 def plot_latency(plt, rows, path):
     """Seconds per clip against batch size, a panel per clip length, both on log scales."""
     lengths = sorted({float(row["length"]) for row in rows})
@@ -220,6 +226,7 @@ def draw_all(args):
         raise ValueError(f"{RESULTS} holds neither quality.csv nor latency.csv: run `quality` or `latency` first")
     if quality:
         print_quality(quality)
+        print_differences(quality)
         plot_quality(plt, quality, RESULTS / "quality.png")
     for setting in dict.fromkeys((row["shape"], row["dtype"], row["hardware"]) for row in latency):
         rows = [row for row in latency if (row["shape"], row["dtype"], row["hardware"]) == setting]
@@ -237,9 +244,9 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="quality: of the sampling")
     parser.add_argument("--n", type=int, default=100, help="quality: prompts per cell, half of them unseen pairs")
     parser.add_argument("--shape", default="toy", choices=SHAPES, help="latency: of the model")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="latency: sizes")
+    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="latency: sizes")
     parser.add_argument("--lengths", type=float, nargs="+", default=[4, 10, 30], help="latency: seconds of the clips")
-    parser.add_argument("--repeats", type=int, default=3, help="latency: how often each is timed")
+    parser.add_argument("--repeats", type=positive, default=3, help="latency: how often each is timed")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="latency: of the model")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import DATA
 
+import autoregressive
+import sample
 from autoregressive import UNKNOWN, Continuation, draw_tokens, generate_autoregressive
 from masking import causal_attention_mask, delay_codes, hide_codes
 from model import Cache, load_audiocraft
@@ -122,9 +124,9 @@ def test_draw_tokens_draws_in_proportion_from_the_top_k(generator):
     torch.testing.assert_close(share, torch.tensor([0.25, 0.01, 0.09, 0.01]) / 0.36, atol=0.02, rtol=0)
 
 
-def test_draw_tokens_at_temperature_0_or_of_the_top_1_is_greedy(generator):
+def test_draw_tokens_of_the_top_1_or_at_next_to_no_temperature_is_greedy(generator):
     logits = torch.randn(2, 4, 16, generator=generator)
-    for top_k, temperature, greedy in ((250, 0.0, False), (1, 1.0, False), (250, 1.0, True)):
+    for top_k, temperature, greedy in ((250, 0.0, False), (250, 1e-40, False), (1, 1.0, False), (250, 1.0, True)):
         assert draw_tokens(logits, top_k, temperature, greedy).equal(logits.argmax(dim=-1))
 
 
@@ -183,7 +185,7 @@ def test_generate_hybrid_begins_as_autoregressive_decoding_does(P, make_magnet):
     assert 0 <= codes.min() and codes.max() < 16
 
 
-@pytest.mark.parametrize("prompt_seconds", [0.0, 0.02, 0.1, 0.38, 0.4, 9.0])
+@pytest.mark.parametrize("prompt_seconds", [0.0, 0.02, 0.1, 0.38, 0.4, 9.0, 1e308])
 @pytest.mark.parametrize("K", [1, 3])
 def test_generate_hybrid_works_with_any_prompt(prompt_seconds, K, make_magnet):
     model, config = make_magnet(objective="hybrid", n_codebooks=K), SamplingConfig(decoding_steps=STEPS[:K])
@@ -197,12 +199,72 @@ def test_generate_hybrid_with_a_prompt_as_long_as_the_clip_is_autoregressive_dec
     assert generate_hybrid(model, *text, 20, 0.4, config).equal(generate_autoregressive(model, *text, 20, greedy=True))
 
 
+def test_an_audio_prompt_longer_than_the_prompt_of_a_hybrid_takes_its_place(make_magnet, monkeypatch):
+    model, lengths, real = make_magnet(objective="hybrid"), [], autoregressive.Continuation
+    monkeypatch.setattr(autoregressive, "Continuation",
+                        lambda model, prompt: lengths.append(prompt.shape[2]) or real(model, prompt))
+    for P in (0, 5, 12):
+        generate_hybrid(model, None, None, 20, 0.2, SamplingConfig(decoding_steps=STEPS), random_codes(model, P, B=1))
+    assert lengths == [11, 11, 13]  # frames, and the start
+
+
+def test_a_hybrid_can_be_rescored(make_magnet):
+    model, rescorer = make_magnet(objective="hybrid"), make_magnet(seed=1, objective="ar")
+    alone, rescored = (generate_hybrid(model, *random_text(model), 40, 0.1, SamplingConfig(decoding_steps=(6, 4, 4, 4)),
+                                       generator=torch.Generator().manual_seed(0), rescorer=rescorer,
+                                       rescorer_weight=weight) for weight in (0.0, 0.9))
+    assert not alone.equal(rescored) and alone[:, 0, :5].equal(rescored[:, 0, :5]), "the prompt is not rescored"
+
+
+def test_generate_hybrid_repeats_with_the_same_seed_only(make_magnet):
+    model = make_magnet(objective="hybrid")
+    first, again, other = (generate_hybrid(model, *random_text(model), 20, 0.4, SamplingConfig(decoding_steps=STEPS),
+                                           generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first.equal(again) and not first.equal(other)
+
+
 def test_generate_hybrid_counts_the_frames_of_its_codec(make_magnet):
     model, steps = make_magnet(objective="hybrid"), []
     for frame_rate in (50, 75):
         generate_hybrid(model, None, None, 20, 0.2, SamplingConfig(decoding_steps=(1, 1, 1, 1)), frame_rate=frame_rate,
                         on_step=lambda **step: steps.append(step))
     assert sum("position" in step for step in steps) == 10 + 15
+
+
+@pytest.mark.parametrize("objective", ["ar", "hybrid"])
+def test_rows_of_a_batch_are_written_as_if_alone(objective, make_magnet):
+    """Each with its own text and audio prompt, guidance included."""
+    config = SamplingConfig(decoding_steps=STEPS, greedy=True, hybrid_seconds=0.2)
+    model = make_magnet(objective=objective)
+    text, mask = random_text(model, B=3)
+    codes, given = F.pad(random_codes(model, 4, B=3), (0, 16)), torch.arange(20) < 4
+    parts = [slice(None), *(slice(row, row + 1) for row in range(3))]
+    together, *alone = (generate_as_trained(model, text[part], mask[part], 20, config, codes[part], given=given)
+                        for part in parts)
+    assert together.equal(torch.cat(alone))
+
+
+@pytest.mark.parametrize("objective", ["ar", "hybrid"])
+def test_a_negative_prompt_changes_what_is_written(objective, make_magnet):
+    config = SamplingConfig(decoding_steps=STEPS, greedy=True, hybrid_seconds=0.0)
+    model = make_magnet(objective=objective)
+    other = torch.randn(1, 5, model.config.text_dim), torch.ones(1, 5).bool()
+    plain, steered = (generate_as_trained(model, *random_text(model), 20, config, negative=negative)
+                      for negative in (None, other))
+    assert not plain.equal(steered)
+
+
+def test_generate_as_trained_hands_on_the_settings_of_each_way_of_decoding(make_magnet, monkeypatch):
+    config = SamplingConfig(ar_guidance=2.0, ar_top_k=7, ar_temperature=0.5, hybrid_seconds=0.3)
+    calls = []
+    for name in ("generate_autoregressive", "generate_hybrid"):
+        monkeypatch.setattr(sample, name, lambda *args, **more: calls.append((args[4:], more)))
+    generate_as_trained(make_magnet(objective="ar"), None, None, 20, config)
+    generate_as_trained(make_magnet(objective="hybrid"), None, None, 20, config, frame_rate=75, rescorer="r",
+                        rescorer_weight=0.5)
+    (ar, _), (hybrid, more) = calls
+    assert ar[:4] == (2.0, 7, 0.5, False) and hybrid[:2] == (0.3, config)
+    assert more == {"frame_rate": 75, "rescorer": "r", "rescorer_weight": 0.5}
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -225,7 +287,7 @@ def test_generate_as_trained_decodes_every_kind_of_model(objective, make_magnet)
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1},
                                    {"guidance": math.inf}])
 def test_generate_autoregressive_names_what_is_out_of_range(wrong, make_magnet):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
         generate_autoregressive(make_magnet(objective="ar"), None, None, 5, **wrong)
 
 

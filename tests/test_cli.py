@@ -151,6 +151,14 @@ def test_sample_says_in_one_line_what_this_kind_of_model_cannot(call, tiny_model
     assert not (tmp_path / "out.wav").exists()
 
 
+def test_sample_hands_on_the_rescorer_with_its_weight(call, tiny_model, tmp_path, monkeypatch):
+    rescorer, seen, real = as_objective(tiny_model, "ar", tmp_path / "rescorer.pt"), [], sample.generate_as_trained
+    monkeypatch.setattr(sample, "generate_as_trained", lambda *args, **more: seen.append(more) or real(*args, **more))
+    call(sample, "a flute", "--model", tiny_model, *FEW_STEPS, "--rescorer", rescorer, "--rescorer-weight", 0.2)
+    assert seen[0]["rescorer"].config.objective == "ar" and seen[0]["rescorer_weight"] == 0.2
+    assert seen[0]["frame_rate"] == 50
+
+
 def test_a_rescorer_without_weight_is_not_even_loaded(call, tiny_model, tmp_path):
     flags = ["--model", tiny_model, *FEW_STEPS, "--rescorer", "missing", "--rescorer-weight", 0]
     assert call(sample, "a flute", *flags).code == 0

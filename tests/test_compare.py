@@ -10,7 +10,8 @@ from cli import identities, save_whole
 from encodec_wrap import load_codec
 from experiments import compare
 from experiments.ablations import read_rows
-from experiments.compare import PROMPTS, WEIGHTS, crossings, quality_cells
+from experiments.compare import PROMPTS, SPLITS, WEIGHTS, crossings, paired_difference, quality_cells
+from sample import SamplingConfig
 from t5_encoder import T5Encoder
 
 MODELS = {"magnet": "m", "ar": "a", "hybrid": "h"}
@@ -61,6 +62,49 @@ def test_quality_plays_and_judges_every_cell_once_and_is_drawn(call, tiny_models
     monkeypatch.setattr(compare, "measure", None)  # a cell computed again would fail
     assert read_rows(call(flags) / "quality.csv") == rows
     assert (call("plot") / "quality.png").is_file()
+
+
+def test_each_cell_is_played_by_its_model_with_its_settings_and_rescorer(call, tiny_models, tmp_path, monkeypatch):
+    played = []
+
+    def evaluate(name, config, device, n, *, rescorer, rescorer_weight, seed, **_):
+        name, rescorer = (path and tmp_path.joinpath(path).stem for path in (name, rescorer))
+        played.append((name, config.hybrid_seconds, rescorer, rescorer_weight, seed))
+        assert config.decoding_steps == (2, 1, 1, 1), "the model's own setting"
+        shares = {f"model, {kind}": {"overall": {"share": 0.5, "interval": (0.4, 0.6)}} for kind in SPLITS}
+        return {"adherence": shares, "right": dict.fromkeys(shares, "34"), "frechet": {"model": 1.0},
+                "seconds_per_clip": 1.0}
+
+    monkeypatch.setattr(compare, "evaluate", evaluate)
+    rows = read_rows(call(f"quality {tiny_models} --n 4 --seeds 5") / "quality.csv")
+    own = SamplingConfig().hybrid_seconds
+    assert played == [("ar", own, None, 0.0, 5), ("magnet", own, None, 0.0, 5),
+                      *(("magnet", own, "ar", w, 5) for w in WEIGHTS), *(("hybrid", s, None, 0.0, 5) for s in PROMPTS)]
+    assert {row["right"] for row in rows} == {"3434"}
+    assert [bool(row["rescorer"]) for row in rows] == [w > 0 for *_, w, _ in played]
+
+
+def test_a_paired_difference_takes_each_prompt_once_and_averages_its_seeds():
+    mean, low, high = paired_difference([{"right": "5544"}, {"right": "5544"}], [{"right": "5434"}, {"right": "5454"}])
+    assert mean == pytest.approx(5)  # 5 5 4 4 against 5 4 4 4: one attribute of the five in one clip of four
+    assert mean - low == pytest.approx(1.96 * 5) == pytest.approx(high - mean)  # 0, 20, 0, 0
+
+
+def test_differences_are_told_for_each_rescorer_weight_and_for_a_hybrid_used_in_one_way_only(capsys):
+    rows = [{"method": m, "setting": s, "right": "5555" if m == "hybrid" else "4444"} for m, s in (
+        ("autoregressive", ""), ("MAGNeT", ""), ("MAGNeT + rescoring", "w 0.5"), ("hybrid", "0 s"), ("hybrid", "1 s"),
+        ("hybrid", "4 s"))]
+    compare.print_differences(rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "MAGNeT + rescoring w 0.5 against MAGNeT: +0.0 points (+0.0 to +0.0)",
+        "hybrid 0 s against MAGNeT: +20.0 points (+20.0 to +20.0)",
+        "hybrid 4 s against autoregressive: +20.0 points (+20.0 to +20.0)"]
+
+
+@pytest.mark.parametrize("flag", ["--batches", "--repeats"])
+def test_latency_wants_at_least_one(flag, call):
+    with pytest.raises(ValueError, match=f"{flag}: must be at least 1, not 0"):
+        call(f"latency --shape tiny {flag} 0")
 
 
 def test_the_table_of_quality_takes_the_seeds_of_a_cell_together(capsys):

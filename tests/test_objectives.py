@@ -295,7 +295,7 @@ def test_score_codes_of_a_magnet_never_sees_the_token_that_it_scores(stage, code
 
 
 def test_hybrid_mask_is_what_the_hybrid_loss_attends_with(codes, make_magnet):
-    """Logits of the loss and of a forward pass with the picture from masking.py agree."""
+    """The forward pass of the loss is given the picture from masking.py."""
     model, calls = make_magnet(objective="hybrid", context=2), []
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["mask"]), with_kwargs=True)
     prompt, hidden = torch.tensor([3, 8]), torch.ones(2, S).bool()

@@ -886,6 +886,27 @@ def test_any_kind_of_model_can_rescore_and_makes_a_difference(objective, make_ma
     assert rescored.shape == alone.shape and not rescored.equal(alone)
 
 
+@pytest.mark.parametrize("objective", ["magnet", "ar", "hybrid"])
+def test_what_a_rescorer_thinks_does_not_depend_on_the_padding_of_the_text(objective, make_magnet):
+    rescorer, codes = make_magnet(objective=objective), torch.randint(16, (2, 4, 12))
+    text, mask = random_text(rescorer, N=5)
+    mask[1, 3:] = False
+    confidence = decoding.rescoring(rescorer, 1.0, text, mask)(torch.zeros(2, 12), codes, 1)
+    assert confidence.equal(rescorer.score_codes(codes, 1, text, mask))
+    assert not confidence.equal(rescorer.score_codes(codes, 1, text, torch.ones_like(mask)))
+    text[1, 3:] += 1
+    assert confidence.equal(rescorer.score_codes(codes, 1, text, mask))
+
+
+def test_rescoring_refuses_scores_that_are_not_one_for_each_token(make_magnet):
+    class Wrong:
+        def score_codes(self, codes, *_):
+            return torch.ones(len(codes), 1)
+
+    with pytest.raises(ValueError, match=r"rescorer gave \(1, 1\) for \(1, 5\) tokens"):
+        generate(make_magnet(), None, None, 5, rescorer=Wrong(), rescorer_weight=0.5)
+
+
 @pytest.mark.parametrize("rescorer, weight", [(None, 0.5), (Opinion(), -0.1), (Opinion(), 1.1), (Opinion(), math.nan)])
 def test_rescoring_refuses_a_weight_that_is_none(rescorer, weight, make_magnet):
     with pytest.raises(ValueError, match="rescorer_weight must be between 0 and 1"):

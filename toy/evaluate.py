@@ -125,6 +125,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
     n: prompts; swaps: pairs of prompts with one word swapped; floors: whether real clips and their codec
     reconstructions are read as well; losses: whether to measure the validation cross-entropy; seed: of the sampling;
     repeated: prompts that are played four times each, for the diversity; rescorer: name of a second model to rescore.
+    "right" holds how many attributes are right in each clip, as one digit each.
     """
     model, names = load_model(name, device, pick_dtype("auto", device))
     check_kind(model, False, rescorer and rescorer_weight)
@@ -141,7 +142,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
     def play_all(captions, seed):
         return play(model, codec, encoder, captions, config, device, seed, **more)
 
-    result["adherence"] = {}
+    result["adherence"], result["right"] = {}, {}
     embeddings = {"real": [], "codec": [], "model": []} if floors else {"model": []}
     seconds = 0.0
     for kind, split in SPLITS.items():
@@ -156,7 +157,9 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
             wavs["codec"] = in_parts(lambda wav: codec.decode(codec.encode(wav[:, None].to(device)))[:, 0].cpu(),
                                      wavs["real"])
         for what in embeddings:
-            result["adherence"][f"{what}, {kind}"] = adherence(in_parts(judge.read, wavs[what]), labels)
+            read = in_parts(judge.read, wavs[what])
+            result["adherence"][f"{what}, {kind}"] = adherence(read, labels)
+            result["right"][f"{what}, {kind}"] = "".join(str(n) for n in (read == labels).sum(dim=1).tolist())
             embeddings[what].append(in_parts(judge.embed, wavs[what]))
     reference = torch.stack([torch.from_numpy(example(i, split, SEED + 1, model.config.seconds)[0])
                              for split in SPLITS.values() for i in range(half)])

@@ -14,7 +14,9 @@ from toy.evaluate import with_interval
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
 
-MEASURES = {"overall_seen": "adherence, seen", "overall_unseen": "adherence, unseen", "frechet": "Frechet distance"}
+MEASURES = {"overall_seen": "adherence, seen", "overall_unseen": "adherence, unseen", "frechet": "Frechet distance",
+            "diversity": "diversity"}
+LOSSES = ("val_1", "val_2", "val_3", "val_4")  # of cells that were trained
 
 
 def by_setting(rows):
@@ -22,15 +24,15 @@ def by_setting(rows):
     settings = {}
     for row in rows:
         columns = settings.setdefault(row["setting"], {})
-        for name in (*MEASURES, "n_prompts"):
-            columns.setdefault(name, []).append(float(row[name]))
+        for name in (*MEASURES, "n_prompts", *LOSSES):
+            columns.setdefault(name, []).append(float(row[name] or "nan"))
     return settings
 
 
 def draw(rows, path):
     """Bars of the mean over seeds with a dot for each seed, a panel per measure."""
     settings = by_setting(rows)
-    figure, panels = plt.subplots(1, len(MEASURES), figsize=(11, 0.6 + 0.32 * len(settings)), sharey=True)
+    figure, panels = plt.subplots(1, len(MEASURES), figsize=(13, 0.6 + 0.32 * len(settings)), sharey=True)
     for panel, (name, title) in zip(panels, MEASURES.items(), strict=True):
         for y, columns in enumerate(settings.values()):
             panel.barh(y, mean(columns[name]), color="#7aa6c2")
@@ -46,11 +48,16 @@ def draw(rows, path):
 
 def print_table(rows):
     """Means over the seeds; shares with the interval of that many clips, of which half are of each kind."""
-    print(f"\n| {rows[0]['experiment']} | " + " | ".join(MEASURES.values()) + " | seeds |\n|---|" + "---|" * 4)
+    trained = bool(rows[0]["val_1"])
+    titles = [rows[0]["experiment"], *MEASURES.values(), *["cross-entropy of codebooks 1-4"] * trained]
+    print("\n| " + " | ".join(titles) + " |" + "\n|" + "---|" * len(titles))
     for setting, columns in by_setting(rows).items():
-        n, means = sum(columns["n_prompts"]) // 2, {name: mean(columns[name]) for name in MEASURES}
-        shares = " | ".join(with_interval(means[f"overall_{kind}"], n) for kind in ("seen", "unseen"))
-        print(f"| {setting} | {shares} | {means['frechet']:.0f} | {len(columns['frechet'])} |")
+        n, means = sum(columns["n_prompts"]) // 2, {name: mean(columns[name]) for name in columns}
+        cells = [setting, *(with_interval(means[f"overall_{kind}"], n) for kind in ("seen", "unseen")),
+                 f"{means['frechet']:.0f}", f"{means['diversity']:.1f}"]
+        if trained:
+            cells.append(" / ".join(f"{means[name]:.2f}" for name in LOSSES))
+        print("| " + " | ".join(cells) + " |")
 
 
 def main():

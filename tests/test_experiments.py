@@ -43,7 +43,7 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_pat
 
     def measure(model, config, seed, args):
         measured.append((model, config.guidance_start, config.guidance_end, seed))
-        return {"overall_seen": 0.5, "overall_unseen": 0.25, "frechet": 3.0}
+        return {"overall_seen": 0.5, "overall_unseen": 0.25, "frechet": 3.0, "diversity": 7.25}
 
     monkeypatch.setattr(ablations, "measure", measure)
     monkeypatch.setattr(ablations, "RESULTS", tmp_path)
@@ -59,7 +59,7 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_pat
     monkeypatch.setattr(sys, "argv", ["plots.py"])
     plots.main()
     assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG"
-    row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 2 |"  # intervals of 100 clips, 50 for each seed
+    row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 7.2 |"  # intervals of 100 clips, 50 for each seed
     assert row in capsys.readouterr().out.splitlines()
 
 

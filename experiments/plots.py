@@ -9,7 +9,7 @@ import matplotlib
 
 from cli import Parser, run
 from experiments.ablations import RESULTS, SAMPLING_CELLS, read_rows
-from toy.evaluate import with_interval
+from toy.evaluate import wilson, with_interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
@@ -30,13 +30,17 @@ def by_setting(rows):
 
 
 def draw(rows, path):
-    """Bars of the mean over seeds with a dot for each seed, a panel per measure."""
+    """A panel per measure: the mean over seeds, a dot for each seed, and the interval of a share."""
     settings = by_setting(rows)
     figure, panels = plt.subplots(1, len(MEASURES), figsize=(13, 0.6 + 0.32 * len(settings)), sharey=True)
     for panel, (name, title) in zip(panels, MEASURES.items(), strict=True):
         for y, columns in enumerate(settings.values()):
-            panel.barh(y, mean(columns[name]), color="#7aa6c2")
+            middle = mean(columns[name])
+            if name.startswith("overall"):
+                panel.hlines(y, *wilson(middle, sum(columns["n_prompts"]) // 2), color="#7aa6c2", linewidth=1)
+            panel.plot(middle, y, "o", color="#7aa6c2", markersize=8)
             panel.plot(columns[name], [y] * len(columns[name]), "k.", markersize=4)
+        panel.grid(axis="y", alpha=0.3)
         panel.set_title(title, fontsize=9)
         panel.tick_params(labelsize=8)
     panels[0].set_yticks(range(len(settings)), settings)

@@ -514,6 +514,15 @@ def test_swap_shares_count_a_case_only_if_the_attribute_changes_and_no_other():
     assert (changed, stays, both) == (0.75, 7 / 8, 0.5)
 
 
+def test_training_goes_through_mel_filters_that_were_first_wanted_in_inference_mode():
+    mel_filters.cache_clear()
+    with torch.inference_mode():
+        mel_spectrogram(torch.randn(1, 4000), SAMPLE_RATE)
+    wav = torch.randn(1, 4000, requires_grad=True)
+    mel_spectrogram(wav, SAMPLE_RATE).sum().backward()
+    assert wav.grad.abs().sum() > 0
+
+
 def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_codec.py", "--out", str(tmp_path), "--steps", "5", "--clips", "3",
                                       "--batch-size", "2", "--seconds", "0.1"])

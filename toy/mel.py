@@ -6,6 +6,7 @@ import torch
 
 
 @lru_cache
+@torch.inference_mode(False)  # what is kept may first be wanted by the judge, and later in training
 def mel_filters(sample_rate, n_fft, n_mels):
     """Triangular filters, evenly spaced on the mel scale: (n_fft // 2 + 1, n_mels)."""
     top = 2595 * torch.log10(torch.tensor(1 + sample_rate / 2 / 700))

@@ -11,6 +11,7 @@ A cell that its CSV file holds is not computed again, so the same command finish
     python -m experiments.compare plot
 """
 
+import math
 import re
 import time
 from itertools import product
@@ -217,6 +218,19 @@ def plot_latency(plt, rows, path):
     plt.close(figure)
 
 
+def print_latency(rows):
+    """A table in Markdown: seconds per clip, MAGNeT / autoregressive, and where the two cross."""
+    batches = sorted({int(row["batch"]) for row in rows})
+    print("| clips of | " + " | ".join(f"batch of {batch}" for batch in batches) + " | they cross at |")
+    print("|---" * (len(batches) + 2) + "|")
+    for length, crossing in crossings(rows).items():
+        times = {(row["method"], int(row["batch"])): float(row["seconds"]) for row in rows if row["length"] == length}
+        cells = (" / ".join(format(times.get((method, batch), math.nan) / batch, ".3g") for method in ("magnet", "ar"))
+                 for batch in batches)
+        where = {None: "MAGNeT ahead", batches[0]: "autoregressive ahead"}.get(crossing) or f"{crossing:.3g} clips"
+        print(f"| {length} s | " + " | ".join(cells) + f" | {where} |")
+
+
 def draw_all(args):
     import matplotlib
     matplotlib.use("Agg")
@@ -231,9 +245,8 @@ def draw_all(args):
     for setting in dict.fromkeys((row["shape"], row["dtype"], row["hardware"]) for row in latency):
         rows = [row for row in latency if (row["shape"], row["dtype"], row["hardware"]) == setting]
         plot_latency(plt, rows, RESULTS / f"latency-{'-'.join(re.findall(r'[a-zA-Z0-9]+', ' '.join(setting)))}.png")
-        for length, batch in crossings(rows).items():
-            where = "never in these batches" if batch is None else f"from a batch of about {batch:.3g} clips"
-            print(f"{', '.join(setting)}; clips of {length} s: autoregressive decoding is faster {where}")
+        print(f"\nseconds per clip, MAGNeT / autoregressive: {', '.join(setting)}")
+        print_latency(rows)
 
 
 def main():

@@ -129,7 +129,7 @@ def test_latency_times_both_ways_of_decoding_once_and_is_drawn(call, monkeypatch
     assert read_rows(call(flags) / "latency.csv") == rows
     capsys.readouterr()
     assert len(list(call("plot").glob("latency-tiny-float32-cpu*.png"))) == 1
-    assert capsys.readouterr().out.count("autoregressive decoding is faster") == 2
+    assert capsys.readouterr().out.count(" s | ") == 2, "a row for each length"
 
 
 def row(method, batch, seconds, length="4"):
@@ -142,6 +142,16 @@ def test_crossings_lie_between_the_batches_where_the_faster_one_changes():
     assert crossings([row("magnet", 1, 1), row("ar", 1, 2)]) == {"4": None}
     assert crossings([row("magnet", 1, 1), row("ar", 1, 0.5)]) == {"4": 1}
     assert crossings([row("magnet", 1, 1), row("ar", 1, float("nan"))]) == {"4": None}
+
+
+def test_the_table_of_latency_is_of_seconds_per_clip(capsys):
+    rows = [row("magnet", 1, 1), row("magnet", 4, 4), row("ar", 1, 1.5), row("ar", 4, 2)]
+    compare.print_latency(rows)
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line == "| 4 s | 1 / 1.5 | 1 / 0.5 | 2 clips |"  # by a half slower, then by a half faster
+    for seconds, words in ((8, "MAGNeT ahead"), (0.5, "autoregressive ahead")):
+        compare.print_latency([*rows[:2], row("ar", 1, seconds), row("ar", 4, seconds)])
+        assert capsys.readouterr().out.endswith(f"| {words} |\n")
 
 
 def test_seconds_are_the_median_after_a_warm_up(make_magnet, monkeypatch):

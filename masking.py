@@ -3,8 +3,8 @@
 Pure functions on tensors, no model. MAGNeT learns to fill in hidden tokens; here are the cosine schedule that says how
 many, the spans that say which, and the attention mask of the restricted context. Autoregressive and hybrid models
 delay their codebooks and have attention masks of their own. A *hidden* mask is True where a token is hidden; an
-*attention* mask is True where a query may attend. It leaves out the choice of spans to hide again while decoding, which
-needs the model's probabilities: see `decoding.py`.
+*attention* mask is True where a query may attend. Which spans are hidden again while decoding depends on the model's
+probabilities: that is in `sample.py`.
 """
 
 import math
@@ -26,7 +26,9 @@ def expected_mask_rate(n_spans, n_frames, span_len):
     """[App. C] Expected share of hidden frames with `n_spans` starts among `n_frames`: 1 - C(T - l, u) / C(T, u).
 
     n_spans: int or tensor of ints, any shape; gives a float64 tensor of that shape on the CPU. The binomials cancel to
-    a product of l factors (T - u - i) / (T - i), which neither overflows nor loses precision.
+    a product of l factors (T - u - i) / (T - i), which neither overflows nor loses precision. The formula takes every
+    frame to lie in l possible spans; the first l - 1 frames lie in fewer, so that the true rate is lower, by
+    less than (l - 1) / (3 T): at most 0.001 for T = 500 and l = 3.
 
     >>> expected_mask_rate(2, 10, 3)  # 1 - C(7, 2) / C(10, 2) = 1 - 21/45
     tensor(0.5333, dtype=torch.float64)
@@ -77,15 +79,20 @@ def spans_from_starts(starts, span_len):
     return hidden
 
 
-def hide_codes(codes, stage, hidden, mask_id):
-    """[Sec. 3.1] The model's input at `stage`: it hidden where `hidden`, codebooks below visible, above all hidden.
+def mask_codes(codes, stage, hidden, mask_id):
+    """[Sec. 3.1] The model's inputs at `stage`: codebooks below it shown, it masked where `hidden`, those above masked.
 
-    codes: (B, K, T) long; hidden: (B, T) bool; gives new codes (B, K, T) with `mask_id` in the hidden places.
+    codes: (B, K, T) long; stage: int, or (B,) long; hidden: (B, T) bool; gives new codes with `mask_id` where hidden.
+
+    >>> mask_codes(torch.tensor([[[1, 2, 3], [4, 5, 6], [7, 8, 9]]]), 1, torch.tensor([[True, False, False]]), 0)
+    tensor([[[1, 2, 3],
+             [0, 5, 6],
+             [0, 0, 0]]])
     """
-    seen = codes.clone()
-    seen[:, stage] = codes[:, stage].masked_fill(hidden, mask_id)
-    seen[:, stage + 1:] = mask_id
-    return seen
+    stage = torch.as_tensor(stage, device=codes.device).view(-1, 1, 1)
+    level = torch.arange(codes.shape[1], device=codes.device)[:, None]  # (K, 1)
+    shown = (level < stage) | (level == stage) & ~hidden[:, None]  # (B, K, T)
+    return codes.masked_fill(~shown, mask_id)
 
 
 def restricted_attention_mask(n_frames, context):
@@ -104,7 +111,7 @@ def restricted_attention_mask(n_frames, context):
 def causal_attention_mask(n_queries, n_keys):
     """[Eq. 1] Each position sees itself and what is before it: (n_queries, n_keys) bool, True = may attend.
 
-    The queries are the last of the positions, as when the first ones have been read already.
+    The queries are the last of the positions, as when a cache holds the first ones.
 
     >>> causal_attention_mask(2, 4).int()
     tensor([[1, 1, 1, 0],
@@ -114,39 +121,28 @@ def causal_attention_mask(n_queries, n_keys):
     return key <= query[:, None]
 
 
-def hybrid_attention_mask(n_positions, prompt, stage=0, context=-1):
-    """[App. D, Fig. 7] The first `prompt` positions attend causally, the others to all: (S, S) bool, True = may attend.
+def hybrid_attention_mask(n_positions, n_prompt, stage=0, context=-1):
+    """[App. D, Fig. 7] Who attends to whom in a hybrid's delayed codes: (B, n, n) bool, n = n_positions.
 
-    prompt: int, or (B,) long, which gives (B, S, S). At stages after the first the others see only the positions which
-    hold frames within `context` frames of their own, in any codebook up to the stage's: since codebook k comes k
-    positions after the first (`delay_codes`), that is from `context + stage` before them to `context` after them.
-    context: in frames; -1: all. Deviation: the paper says that the window is adapted to the delays, not how.
+    n_prompt: frames of the prompt, stage: 0-based codebook; int each, or (B,) long. Every position predicts the code in
+    the next one. Those that predict the prompt, 0 to n_prompt - 1, attend causally. The others attend to all; at stages
+    after the first only to what lies within `context` positions of the one they predict; context -1: all.
 
-    >>> hybrid_attention_mask(7, 3).int()
-    tensor([[1, 0, 0, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0, 0, 0],
-            [1, 1, 1, 0, 0, 0, 0],
-            [1, 1, 1, 1, 1, 1, 1],
-            [1, 1, 1, 1, 1, 1, 1],
-            [1, 1, 1, 1, 1, 1, 1],
-            [1, 1, 1, 1, 1, 1, 1]], dtype=torch.int32)
-    >>> hybrid_attention_mask(7, 3, stage=1, context=1).int()
-    tensor([[1, 0, 0, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0, 0, 0],
-            [1, 1, 1, 0, 0, 0, 0],
-            [0, 1, 1, 1, 1, 0, 0],
-            [0, 0, 1, 1, 1, 1, 0],
-            [0, 0, 0, 1, 1, 1, 1],
-            [0, 0, 0, 0, 1, 1, 1]], dtype=torch.int32)
+    >>> hybrid_attention_mask(6, 2, stage=1, context=1)[0].int()
+    tensor([[1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 1, 1, 1],
+            [0, 0, 0, 0, 1, 1],
+            [0, 0, 0, 0, 0, 1]], dtype=torch.int32)
     """
-    prompt = torch.as_tensor(prompt)
-    position = torch.arange(n_positions, device=prompt.device)
-    ahead = position[None, :] - position[:, None]  # how far a key lies after a query, (S, S)
-    in_reach = torch.ones_like(ahead, dtype=torch.bool)
-    if stage > 0 and context >= 0:
-        in_reach = (ahead >= -context - stage) & (ahead <= context)
-    in_prompt = position[:, None] < prompt[..., None, None]  # (S, 1) or (B, S, 1)
-    return torch.where(in_prompt, ahead <= 0, in_reach)
+    n_prompt, stage = torch.as_tensor(n_prompt).view(-1, 1, 1), torch.as_tensor(stage).view(-1, 1, 1)
+    query = torch.arange(n_positions, device=n_prompt.device)[:, None]
+    ahead = torch.arange(n_positions, device=n_prompt.device) - query  # how far a key lies after a query, (n, n)
+    local = ((ahead - 1).abs() <= context) | (ahead == 0) & (query == n_positions - 1)  # no row is ever empty
+    after_prompt = local if context >= 0 else torch.ones_like(local)
+    after_prompt = torch.where(stage.to(ahead.device) > 0, after_prompt, True)
+    return torch.where(query < n_prompt, ahead <= 0, after_prompt)
 
 
 def delay_codes(codes, special):
@@ -167,7 +163,10 @@ def delay_codes(codes, special):
     return delayed
 
 
-def undelay_codes(delayed):
-    """[App. D] The inverse of `delay_codes`: (B, K, T + K) -> (B, K, T)."""
+def undelay(delayed, shift=0):
+    """[App. D] The inverse of `delay_codes`: (B, K, T + K, ...) -> (B, K, T, ...).
+
+    shift = -1 reads one position earlier: there the autoregressive model's logits for the token stand.
+    """
     K, T = delayed.shape[1], delayed.shape[2] - delayed.shape[1]
-    return torch.stack([delayed[:, k, k + 1:k + 1 + T] for k in range(K)], dim=1)
+    return torch.stack([delayed[:, k, k + 1 + shift:k + 1 + shift + T] for k in range(K)], dim=1)

@@ -1,254 +1,427 @@
-"""From a text prompt to a WAV file: the command line, and what goes beyond single clips.
+"""Decoding: from a text to codes, in a few parallel steps [Sec. 3.3, Sec. 3.4, Fig. 4], and on to a WAV file.
 
-A model decodes as it was trained to: in parallel (`decoding.py`), from left to right, or both (`autoregressive.py`).
-Longer pieces are made in windows as long as the training clips, and gaps are filled in sight of what is around them.
+For each codebook in turn MAGNeT starts with everything hidden and runs s steps. A step predicts all hidden tokens at
+once and keeps the spans it is surest of; the least probable spans are hidden again and predicted anew. Read from top to
+bottom: the schedule, guidance, drawing a token, choosing spans, one stage, rescoring, all stages; then autoregressive
+and hybrid decoding, which go from left to right, wholly or at first; then the command line.
 
     python sample.py "a slow deep flute plays a rising melody, with drums" --out flute.wav
     python sample.py "80s driving pop with heavy drums" --model facebook/magnet-small-10secs --out pop.wav
 """
 
-import math
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from autoregressive import generate_autoregressive, generate_hybrid
-from cli import DTYPES, Parser, add_flags, check_same, from_flags, identities, pick_device, pick_dtype, run
-from decoding import SamplingConfig, fit_steps, generate
-from encodec_wrap import check_audio_path, load_audio, load_codec, save_audio
-from model import load_model
+from encodec_wrap import load_codec
+from masking import cosine_schedule, delay_codes, hybrid_attention_mask, mask_codes, undelay
+from model import Cache, load_model
+from support.audio import save_audio
+from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, pick_dtype, run, say
+from support.request import Request, known_codes, plan_clips, window_size, windows
 from t5_encoder import T5Encoder
 
 BATCH = 16  # clips that are decoded together
 
 
-def check_kind(model, has_gap, rescored):
-    """ValueError if the model is asked for what only decoding in parallel can do."""
-    if has_gap and model.config.objective != "magnet":
-        raise ValueError("only a MAGNeT can fill in a gap (--inpaint); this model's objective is "
-                         f"{model.config.objective}")
-    if rescored and model.config.objective == "ar":
-        raise ValueError("only parallel decoding can be rescored (--rescorer); this model's objective is ar")
+@dataclass
+class SamplingConfig(Config):
+    """How to decode. The defaults are the paper's; those of autoregressive decoding are MusicGen's."""
+
+    decoding_steps: tuple[int, ...] = option((20, 10), "steps for each codebook, the last number for all that follow",
+                                             low=1, high=10_000)
+    temperature: float = option(3.0, "softmax temperature, annealed linearly to zero", low=0, high=1e4)
+    top_p: float = option(0.9, "nucleus: the most probable tokens that hold this much probability; 1 keeps all",
+                          above=0, high=1)
+    top_k: int = option(0, "keep only the k most probable tokens; 0 keeps all", low=0)
+    guidance_start: float = option(10.0, "classifier-free guidance when all is hidden", low=-1e4, high=1e4)
+    guidance_end: float = option(1.0, "classifier-free guidance when nothing is hidden", low=-1e4, high=1e4)
+    span_arrangement: str = option("nonoverlap", "where spans may lie", ("nonoverlap", "stride1"))
+    span_scoring: str = option("max", "a span's probability: of its best token, or the product", ("max", "prod"))
+    schedule: str = option("paper", "mask rates as in the paper or as in the released code", ("paper", "released"))
+    greedy: bool = option(False, "take the most probable token instead of sampling")
+    rescorer_weight: float = option(0.5, "with --rescorer: the weight of its probabilities", low=0, high=1)
+    ar_guidance: float = option(3.0, "autoregressive and hybrid models: guidance", low=-1e4, high=1e4)
+    ar_top_k: int = option(250, "the same: keep only the k most probable tokens; 0 keeps all", low=0)
+    ar_temperature: float = option(1.0, "the same: softmax temperature", low=0, high=1e4)
+    hybrid_seconds: float = option(1.0, "hybrid models: seconds to write from left to right before the rest", low=0)
 
 
-def generate_as_trained(model, text, text_mask, n_frames, config, audio_prompt=None, generator=None, on_step=None,
-                        given=None, negative=None, frame_rate=50.0, **rescorer):
-    """Generate codes (B, K, T) as the model was trained to: in parallel, from left to right, or both.
+# --------------------------------------------------------------------------------------------------------- the schedule
 
-    See `decoding.generate` for the arguments (rescorer: its last two); frame_rate: the codec's.
+def mask_rate(step, steps, schedule="paper"):
+    """[Eq. 3] The share of spans hidden at decoding step 0..steps-1: cos(pi/2 * step / steps), from 1 downwards.
+
+    Deviation: "released" spaces the steps so that the last one is at rate 0 (where one span is still hidden).
     """
-    clip = (model, text, text_mask, n_frames)
-    if model.config.objective == "magnet":
-        return generate(*clip, config, audio_prompt, generator, on_step, given, negative, **rescorer)
-    check_kind(model, given is not None and given.int().diff().gt(0).any(), rescorer.get("rescorer_weight"))
-    if given is not None:
-        audio_prompt = audio_prompt[:, :, :int(given.sum())]
-    more = (audio_prompt, generator, on_step, negative)
-    if model.config.objective == "hybrid":
-        return generate_hybrid(*clip, config.hybrid_seconds, config, *more, **rescorer, frame_rate=frame_rate)
-    return generate_autoregressive(*clip, config.ar_guidance, config.ar_top_k, config.ar_temperature, config.greedy,
-                                   *more)
+    if schedule == "released":
+        return float(cosine_schedule(torch.linspace(0, 1, steps)[step]))
+    return cosine_schedule(step / steps)
 
 
-def windows(given, size, overlap):
-    """Where to put windows of `size` frames that fill in what is not `given` (T,): a list of first frames.
+def guidance_scale(rate, start, end):
+    """[Eq. 6] Annealed guidance: lambda = rate * start + (1 - rate) * end, strong while much is hidden.
 
-    Each begins `overlap` frames before the first frame still open, so that it continues what is there; the last is
-    moved back to end with the clip. A gap that fits is put in the middle of its window, in sight of both sides.
-    overlap < size.
-
-    >>> windows(torch.zeros(25, dtype=torch.bool), 10, 4)
-    [0, 6, 12, 15]
-    >>> windows((torch.arange(25) < 12) | (torch.arange(25) >= 16), 10, 4)
-    [9]
+    >>> guidance_scale(0.5, 10, 1)
+    5.5
     """
-    given, starts = given.clone(), []
-    while not given.all():
-        first = int(given.int().argmin())
-        gap = int((~given[first:]).int().cumprod(dim=0).sum())
-        before = (size - gap) // 2 if first + gap < len(given) and overlap + gap <= size else overlap
-        starts.append(max(0, min(first - before, len(given) - size)))
-        given[starts[-1]:starts[-1] + size] = True
-    return starts
+    return rate * start + (1 - rate) * end
+
+
+def annealed_temperature(step, steps, start):
+    """[Sec. 3.3] Linear from `start` to zero at the last step, with a floor of 0.01 that keeps softmax finite."""
+    return max(start * (steps - 1 - step) / steps, 1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------- guidance
+
+def with_null_condition(text, text_mask, negative=None):
+    """[Sec. 3.3] B prompts, then as many null conditions, which have no token, or `negative` ones (text, mask) instead.
+
+    text: (B, L, text_dim), text_mask: (B, L), those of `negative` with 1 or B rows -> (2B, L', text_dim), (2B, L').
+    """
+    null, null_mask = negative or (text * 0, text_mask & False)
+    L = max(text.shape[1], null.shape[1])
+    null, null_mask = null.to(text).expand(len(text), -1, -1), null_mask.to(text_mask).expand(len(text), -1)
+    return (torch.cat([F.pad(x, (0, 0, 0, L - x.shape[1])) for x in (text, null)]),
+            torch.cat([F.pad(x, (0, L - x.shape[1])) for x in (text_mask, null_mask)]))
+
+
+def guided_logits(model, codes, stage, text, text_mask, scale, mask=None, cache=None):
+    """[Sec. 3.3] Classifier-free guidance: uncond + scale * (cond - uncond), shaped as the model's logits.
+
+    codes: (B, K, T) with mask tokens; text, text_mask: from `with_null_condition`, both halves run as one batch; where
+    the scale makes one of them irrelevant it is skipped. Without a text, the unguided logits of the null condition.
+    ValueError if the logits are not finite.
+    """
+    B = len(codes)
+    if text is None or scale in (0, 1):
+        half = slice(B) if scale == 1 else slice(B, None)
+        text, text_mask = (None, None) if text is None else (text[half], text_mask[half])
+        logits = model(codes, stage, text, text_mask, mask, cache)
+    else:
+        cond, uncond = model(codes.repeat(2, 1, 1), stage, text, text_mask, mask, cache).chunk(2)
+        logits = uncond + scale * (cond - uncond)
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or --dtype fp32 is needed")
+    return logits
+
+
+# ------------------------------------------------------------------------------------------------------ drawing a token
+
+def clip_streams(seed, clips):
+    """One stream of random numbers for each clip, by its number: what a clip draws depends on (seed, number) alone."""
+    return [np.random.default_rng((seed, clip)) for clip in clips]
+
+
+def nucleus(probs, top_p, top_k=0):
+    """[Sec. 3.3] Cut probabilities (..., card) to the smallest set of top tokens that holds `top_p`; not renormalised.
+
+    The most probable token always stays. top_k > 0 keeps at most that many.
+
+    >>> nucleus(torch.tensor([0.5, 0.3, 0.2]), 0.7)
+    tensor([0.5000, 0.3000, 0.0000])
+    """
+    top, order = probs.sort(dim=-1, descending=True)
+    cut = top.cumsum(dim=-1) - top >= top_p
+    cut[..., 0] = False
+    if top_k:
+        cut[..., top_k:] = True
+    return torch.zeros_like(probs).scatter(-1, order, top.masked_fill(cut, 0))
+
+
+def draw(weights, uniform):
+    """One token for each row of weights (M, card), in proportion to them: uniform (M,) in [0, 1) -> (M,) long.
+
+    It is the first token whose cumulative weight exceeds `uniform` times the whole, so never one of weight zero.
+
+    >>> draw(torch.tensor([[0.5, 0.3, 0.0, 0.2]] * 3), torch.tensor([0.4, 0.6, 0.9]))
+    tensor([0, 1, 3])
+    """
+    below = weights.cumsum(dim=-1)
+    whole = below[:, -1:]
+    token = (below <= uniform[:, None] * whole).sum(dim=-1)
+    return token.minimum((below < whole).sum(dim=-1))  # where the product was rounded up to the whole
+
+
+def draw_tokens(logits, temperature, top_p, top_k, greedy, uniform):
+    """[Sec. 3.3] Tokens for logits (M, card): tempered, cut to the nucleus, drawn with uniform (M,); (M,) long."""
+    if greedy:
+        return logits.argmax(dim=-1)
+    probs = torch.softmax(logits / max(temperature, 1e-2), dim=-1)
+    return draw(nucleus(probs, top_p, top_k) if top_p < 1 or top_k else probs, uniform)
+
+
+def draw_uniform(streams, n, device):
+    """n numbers in [0, 1) from the stream of each of B clips: (B, n) float32."""
+    return torch.from_numpy(np.stack([stream.random(n, dtype=np.float32) for stream in streams])).to(device)
+
+
+# ------------------------------------------------------------------------------------------------------- choosing spans
+
+def log_odds(logits, tokens):
+    """log p / (1 - p) of tokens (...) under softmax(logits) (..., card): orders tokens as their probability p does.
+
+    Unlike p it does not round to 1 for all sure tokens alike, so that ranks never tie for want of digits.
+
+    >>> log_odds(torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor(0))
+    tensor(0.)
+    """
+    others = logits.scatter(-1, tokens[..., None], -torch.inf).logsumexp(dim=-1)
+    return logits.gather(-1, tokens[..., None])[..., 0] - others
+
+
+def span_confidence(tokens, span_len, stride, scoring):
+    """[Sec. 3.3] How probable each span is: as its most probable token ("max"), or as the product of all ("prod").
+
+    tokens: (B, T) `log_odds`; gives (B, n), for spans of `span_len` frames that start every `stride` frames: of "max"
+    the log odds, of "prod" -log(-log p), which rises with p as well. Where the spans tile the frames (stride =
+    span_len) the last may be shorter.
+
+    >>> span_confidence(torch.tensor([[-2.0, 1.0, 0.5, -1.0]]), 3, 3, "max")
+    tensor([[ 1., -1.]])
+    """
+    if scoring == "prod":  # log(-log p) of each token: log(softplus(-z)), which is -z where softplus would underflow
+        tokens = torch.where(tokens > 15, -tokens, F.softplus(-tokens).log())
+    if stride == span_len:
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % span_len), value=-torch.inf)  # adds nothing to either score
+    spans = tokens.unfold(1, span_len, stride)  # (B, n, span_len)
+    return spans.amax(dim=2) if scoring == "max" else -spans.logsumexp(dim=2)
+
+
+def hide_nonoverlapping(tokens, fixed, n_spans, span_len, scoring):
+    """[Sec. 3.3] Hide the `n_spans` least probable of the spans that tile the frames: (B, T) bool.
+
+    tokens: (B, T) `log_odds`; fixed: (B, T), True where a token stays. A span is open if any of its tokens is not
+    fixed; all its tokens count for its probability. Spans that are not open rank last: where the paper gives their
+    score, 1 - p, minus infinity, their confidence is plus infinity here.
+    Deviation: where T is no multiple of `span_len` the last span is shorter; the released code drops those frames.
+    """
+    spans = span_confidence(tokens, span_len, span_len, scoring)  # (B, n)
+    is_open = F.pad(~fixed, (0, -fixed.shape[1] % span_len)).unfold(1, span_len, span_len).any(dim=2)
+    chosen = spans.masked_fill(~is_open, torch.inf).topk(n_spans, dim=1, largest=False).indices
+    hidden = torch.zeros_like(is_open).scatter(1, chosen, True)
+    return hidden.repeat_interleave(span_len, dim=1)[:, :fixed.shape[1]]
+
+
+def hide_stride1(tokens, fixed, n_frames, span_len, scoring):
+    """[Sec. 3.3] Hide the least probable spans, which may overlap, about `n_frames` frames in all: (B, T) bool.
+
+    A span with more fixed tokens ranks behind all with fewer; fixed tokens do not count for its probability.
+    Deviation: the paper's spans do not overlap; the released code offers this and its authors call it better.
+    """
+    T = tokens.shape[1]
+    span_len = min(span_len, T)
+    tokens = tokens.masked_fill(fixed, -torch.inf if scoring == "max" else torch.inf)  # neither best nor a factor
+    order = span_confidence(tokens, span_len, 1, scoring).argsort(dim=1)  # (B, T - l + 1), least probable first
+    n_fixed = fixed.int().unfold(1, span_len, 1).sum(dim=2)
+    order = order.gather(1, n_fixed.gather(1, order).argsort(dim=1, stable=True))
+    # A frame is hidden by the first u spans if the best-ranked span that covers it is among them: entry < u.
+    entry = F.pad(order.argsort(dim=1), (span_len - 1, span_len - 1), value=T).unfold(1, span_len, 1).amin(dim=2)
+    return torch.stack([row < bisect_spans(row, max(n_frames, span_len), span_len) for row in entry])
+
+
+def bisect_spans(entry, n_frames, span_len):
+    """How many spans u hide about `n_frames` frames, if u spans hide those with entry < u; bisection, as released."""
+    low, high = n_frames // span_len, n_frames - span_len + 1
+    u = tried = round((low + high) / 2)
+    while low < u < high:
+        tried = u
+        low, high = (low, u) if (entry < u).sum() > n_frames else (u, high)
+        u = round((low + high) / 2)
+    return tried
+
+
+def spans_to_hide(tokens, fixed, rate, given, span_len, config):
+    """[Sec. 3.3] Choose what to hide again at mask rate `rate`: (B, T) bool, always at least one span.
+
+    tokens: (B, T) `log_odds`; fixed: (B, T), True where a token stays; given: (T,), True at the frames that were there
+    before decoding. The rate is one of the spans (or frames) that were open then.
+    """
+    if config.span_arrangement == "stride1":
+        n_frames = max(int(rate * int((~given).sum())), 1)
+        return hide_stride1(tokens, fixed, n_frames, span_len, config.span_scoring)
+    n_spans = int(F.pad(~given, (0, -len(given) % span_len)).view(-1, span_len).any(dim=1).sum())
+    return hide_nonoverlapping(tokens, fixed, max(int(rate * n_spans), 1), span_len, config.span_scoring)
+
+
+# ------------------------------------------------------------------------------------------------ decoding in parallel
+
+def rescored(tokens, scores, weight):
+    """[Sec. 3.4, Eq. 5] Mix in another model's probabilities: (1 - weight) * p + weight * scores, as log odds (B, T).
+
+    Deviation: as in Fig. 4 the weight is the rescorer's and only the ranking of spans changes; in Eq. 5 it is MAGNeT's.
+    The two are mixed as they are, MAGNeT's tempered and guided, the rescorer's at temperature 1 and with the text; the
+    rescorer sees mask tokens in the codebooks that are yet to be decoded. The paper says nothing of either.
+    """
+    p = torch.lerp(tokens.sigmoid(), scores, weight)
+    other = torch.lerp((-tokens).sigmoid(), 1 - scores, weight)  # 1 - p, without the loss of digits
+    return p.log() - other.log()
+
+
+def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer=None, prompt=None, on_step=None):
+    """[Sec. 3.3, Fig. 4] Fill in codebook `stage` of codes (B, K, T), where it holds mask tokens: its codes (B, T).
+
+    prompt: of a hybrid, its delayed prompt (B, K, positions), the start included; the rest is as for `generate`.
+    """
+    steps = config.decoding_steps[min(stage, len(config.decoding_steps) - 1)]
+    released, before = config.schedule == "released", codes
+    given = codes[0, stage] != model.mask_id  # (T,), the same frames in every clip
+    codes, fixed, confidence = codes.clone(), given.expand(len(codes), -1), None
+    for step in range(0 if given.all() else steps):
+        rate = mask_rate(step, steps, config.schedule)
+        hidden = ~fixed  # (B, T); at first all that was not given
+        if step > 0:  # hide the least probable spans again
+            hidden = spans_to_hide(confidence, fixed, rate, given, model.config.span_len, config)
+            # Deviation: with stride1 the released code may hide again, and so sample again, what was fixed.
+            hidden = hidden & ~(given if released else fixed)
+        inputs = mask_codes(codes, stage, hidden, model.mask_id)
+        if released:  # Deviation: it shows the upper codebooks of the audio prompt, which training always hides
+            inputs = torch.where(given, before, inputs)
+        scale = guidance_scale(rate, config.guidance_start, config.guidance_end)
+        if prompt is None:
+            logits = guided_logits(model, inputs, stage, text, text_mask, scale)  # (B, T, card)
+        else:  # [App. D] behind a prompt; a position of the delayed codes predicts the next one
+            delayed = torch.cat([prompt, delay_codes(inputs, model.mask_id)[:, :, prompt.shape[2]:]], dim=2)
+            mask = hybrid_attention_mask(delayed.shape[2], prompt.shape[2] - 1, stage, model.config.context)
+            logits = guided_logits(model, delayed, stage, text, text_mask, scale, mask)
+            logits = logits[:, stage:stage + codes.shape[2]]
+        temperature = annealed_temperature(step, steps, config.temperature)
+        uniform = draw_uniform(streams, codes.shape[2], codes.device)  # (B, T)
+        drawn = draw_tokens(logits[hidden], temperature, config.top_p, config.top_k, config.greedy, uniform[hidden])
+        codes[:, stage] = codes[:, stage].masked_scatter(hidden, drawn)  # only hidden positions change
+        # A token that was not hidden counts in its span with the probability of the model's best guess.
+        candidate = logits.argmax(dim=-1).masked_scatter(hidden, drawn)
+        confidence = log_odds(logits / temperature, candidate)  # (B, T), before the nucleus
+        if rescorer is not None:
+            B = len(codes)
+            scores = rescorer.score_codes(codes, stage, *((text[:B], text_mask[:B]) if text is not None else ()))
+            confidence = rescored(confidence, scores, config.rescorer_weight)
+        fixed = ~hidden
+        if on_step is not None:
+            on_step(stage=stage, step=step, codes=codes.clone(), hidden=hidden, confidence=confidence.sigmoid())
+    return codes[:, stage]
+
+
+# ----------------------------------------------------------------------------- autoregressively, and every kind of model
+
+def decode_autoregressively(model, codes, text, text_mask, n_positions, config, streams, on_step=None):
+    """[Eq. 1, App. D] Write the mask tokens of codes (B, K, T) from left to right, in the first `n_positions` delayed
+    positions. The given ones are read in one pass; then a step reads the one written last, all before it is cached.
+    """
+    given = codes[0, 0] != model.mask_id  # (T,)
+    is_open = delay_codes((~given).expand(1, codes.shape[1], -1), False)  # (1, K, T + K)
+    delayed, cache = delay_codes(codes, model.mask_id), [Cache(n_positions) for _ in model.blocks]
+    for position in range(int(given.sum()) + 1, n_positions):
+        unread = delayed[:, :, cache[0].filled:position]
+        logits = guided_logits(model, unread, None, text, text_mask, config.ar_guidance, cache=cache)[:, :, -1]
+        uniform = draw_uniform(streams, logits.shape[1], codes.device)  # (B, K)
+        tokens = draw_tokens(logits.flatten(0, 1), config.ar_temperature, 1.0, config.ar_top_k,
+                             config.greedy or config.ar_temperature == 0, uniform.flatten()).view_as(uniform)
+        delayed[:, :, position] = torch.where(is_open[:, :, position], tokens, delayed[:, :, position])
+        if on_step is not None:
+            on_step(position=position, codes=undelay(delayed))
+    return undelay(delayed)
 
 
 @torch.inference_mode()
-def generate_windows(model, text, text_mask, codes, given, size, overlap, config=None, generator=None, on_step=None,
-                     **more):
-    """Fill in the frames of `codes` (B, K, T) that are not `given` (T,), in windows as long as the training clips.
+def generate(model, text, text_mask, codes, config=None, streams=None, negative=None, rescorer=None, on_step=None,
+             frame_rate=50.0):
+    """[Sec. 3.3, Fig. 4; App. D, Fig. 7] Fill in the mask tokens of codes (B, K, T), as the model was trained to: in
+    parallel, codebook after codebook; or from left to right; or so for the first `hybrid_seconds`, then in parallel.
 
-    The end of one window is the audio prompt of the next; a gap is filled in sight of what is around it. The other
-    arguments are those of `generate_as_trained`. Deviation: the paper generates single clips.
+    text: (B, L, text_dim) from the text encoder and text_mask (B, L) bool, or None and None for music without a prompt;
+    codes: long, masked in the same frames of every clip and codebook; what is not masked stays (an audio prompt, the
+    surroundings of a gap); streams: from `clip_streams`; negative: (text, text_mask) of 1 or B rows in place of the
+    null condition; rescorer: has `score_codes(codes, stage, text, text_mask)` -> (B, T), the probability of each token;
+    on_step(stage, step, codes, hidden, confidence), or (position, codes) from left to right, is called after each step;
+    frame_rate: the codec's, in Hz. Gives codes (B, K, T). ValueError where an argument does not fit the model.
     """
-    codes, given = codes.clone(), given.clone()
-    for start in windows(given, size, overlap):
-        part = slice(start, start + size)
-        known = codes[:, :, part]
-        codes[:, :, part] = generate_as_trained(model, text, text_mask, known.shape[2], config or SamplingConfig(),
-                                                known, generator, on_step, given[part], **more)
-        given[part] = True
+    config, (B, K, T), kind = config or SamplingConfig(), codes.shape, model.config.objective
+    check_arguments(model, text, codes, config, rescorer)
+    codes, streams = codes.to(model.out_norm.weight.device), streams or clip_streams(0, range(B))
+    if text is not None:
+        text, text_mask = (x.to(codes.device) for x in with_null_condition(text, text_mask.bool(), negative))
+    prompt = None
+    if kind != "magnet":
+        n_given = int((codes[0, 0] != model.mask_id).sum())
+        n_prompt = T if kind == "ar" else max(round(min(config.hybrid_seconds * frame_rate, T)), n_given)
+        n_positions = 1 + n_prompt if n_prompt < T else T + K  # codebook k of the prompt is k frames shorter
+        codes = decode_autoregressively(model, codes, text, text_mask, n_positions, config, streams, on_step)
+        prompt = delay_codes(codes, model.mask_id)[:, :, :n_positions]
+    codes = codes.clone()
+    for stage in range(K if kind != "ar" else 0):
+        codes[:, stage] = decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer, prompt, on_step)
     return codes
+
+
+def check_arguments(model, text, codes, config, rescorer):
+    """ValueError if what `generate` is asked for does not fit the model."""
+    kind, K, masked = model.config.objective, model.config.n_codebooks, codes == model.mask_id
+    if codes.dim() != 3 or codes.shape[1] != K or codes.shape[2] < 1 or text is not None and len(text) != len(codes):
+        raise ValueError(f"codes have shape {tuple(codes.shape)}; want a row for each text, {K} codebooks, some frames")
+    if codes.min() < 0 or codes.max() > model.mask_id or not masked.equal(masked[:1, :1].expand_as(masked)):
+        raise ValueError(f"codes must be below {model.mask_id}, or {model.mask_id} (masked) in the same frames of each row")
+    if kind != "magnet" and masked[0, 0].int().diff().lt(0).any():
+        raise ValueError(f"only a MAGNeT can fill in a gap (--inpaint); this model's objective is {kind}")
+    if rescorer is not None and kind == "ar":
+        raise ValueError("only parallel decoding can be rescored (--rescorer); this model's objective is ar")
+    if len(config.decoding_steps) > K:
+        raise ValueError(f"decoding_steps must hold at most {K} numbers, one per codebook, not {config.decoding_steps}")
 
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-def output_paths(out, count):
-    """One path is used as it is; several become out-1.wav, out-2.wav, ..."""
-    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
-
-
-def parse_args(defaults=None):
-    """The command line; `defaults` go before those of `SamplingConfig`: they are a published model's own."""
+def main():
     parser = Parser(description="Make music from a text prompt.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to play; "" for no condition')
-    parser.add_argument("--out", type=Path, default=Path("out.wav"), help="file to write; several get numbers")
-    parser.add_argument("--model", default="toy", help="toy, toy-ar, toy-hybrid, a training run's folder, "
-                        "a checkpoint file, or a published model: its name such as facebook/magnet-small-10secs, or "
-                        "the folder of its files")
-    parser.add_argument("--seconds", type=float, help="length in all (default: that of the training clips); "
-                        "what is longer than those is generated in windows")
-    parser.add_argument("--overlap", type=float, help="how many seconds of one window the next continues "
-                        "(default: a third of a training clip)")
-    parser.add_argument("--n", type=int, default=1, help="variations of each prompt")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES),
-                        help="of the model; auto: what the device computes fastest")
-    parser.add_argument("--negative-prompt", help="what not to play: replaces the null condition of the guidance")
-    parser.add_argument("--audio-prompt", type=Path, help="audio file to continue")
-    parser.add_argument("--inpaint", type=Path, help="audio file in which to play something else, --from S --to S")
-    parser.add_argument("--from", dest="gap_start", type=float, metavar="S", help="second at which the gap begins")
-    parser.add_argument("--to", dest="gap_end", type=float, metavar="S", help="second at which the gap ends")
-    parser.add_argument("--rescorer", help="another model, as --model, whose opinion counts when spans are ranked")
-    parser.add_argument("--rescorer-weight", type=float, default=0.5, help="of its opinion, 0 to 1 (default: 0.5)")
-    add_flags(parser, SamplingConfig)
-    parser.set_defaults(**(defaults or {}))
-    return parser.parse_args()
+    for config_class in (Request, SamplingConfig):
+        add_flags(parser, config_class)
+    args = parser.parse_args()
+    request = from_flags(args, Request())
+    from_flags(args, SamplingConfig())  # what is wrong is said before anything is loaded
+    clips = plan_clips(request, args.prompts)
 
+    device = pick_device(request.device)
+    dtype = pick_dtype(request.dtype, device)
+    model, companions = load_model(request.model, device, dtype)
+    config = from_flags(args, SamplingConfig(**companions.sampling))  # flags go before the model's own settings
+    codec = load_codec(request.codec or companions.codec, model.config.n_codebooks, device)
+    encoder = T5Encoder.from_pretrained(request.text_encoder or companions.text_encoder)
+    companions.check(codec, encoder)
+    rescorer = None
+    if request.rescorer is not None and config.rescorer_weight > 0:
+        rescorer, needs = load_model(request.rescorer, device, dtype)
+        needs.check(codec, encoder)
+    say(model)
 
-def check_args(args):
-    """ValueError for flags that are wrong whatever the model."""
-    from_flags(args, SamplingConfig)
-    check_audio_path(args.out)
-    if args.seconds is not None and not 0 < args.seconds <= 3600:
-        raise ValueError(f"--seconds must be above 0 and at most 3600, not {args.seconds:g}")
-    if args.n < 1:
-        raise ValueError(f"--n must be at least 1, not {args.n}")
-    gap = (args.inpaint, args.gap_start, args.gap_end)
-    if any(x is not None for x in gap) and (any(x is None for x in gap) or args.audio_prompt or args.seconds):
-        raise ValueError("--inpaint, --from and --to go together, without --audio-prompt and --seconds")
-    for path in filter(None, (args.inpaint, args.audio_prompt)):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such audio file")
-    if not 0 <= args.rescorer_weight <= 1:
-        raise ValueError(f"--rescorer-weight must be between 0 and 1, not {args.rescorer_weight:g}")
-
-
-def load_all(args, device):
-    """The model with its own sampling settings, codec and text encoder that the flags ask for."""
-    model, names = load_model(args.model, device, pick_dtype(args.dtype, device))
-    check_kind(model, args.inpaint, args.rescorer and args.rescorer_weight)
-    config = from_flags(parse_args(names.get("sampling")), SamplingConfig)  # once more, on the model's defaults
-    config = fit_steps(config, model.config.n_codebooks)
-    codec = load_codec(names["codec"], model.config.n_codebooks, device)
-    if codec.codebook_size < model.config.card:
-        raise ValueError(f"{names['codec']} has {codec.codebook_size} codes per codebook, {args.model} wants "
-                         f"{model.config.card}")
-    encoder = T5Encoder.from_pretrained(names["text_encoder"])
-    check_same(names, codec, encoder)
-    rescorer = load_rescorer(args.rescorer, args.rescorer_weight, codec, encoder, device, args.dtype)
-    return model, config, codec, encoder, rescorer
-
-
-def load_rescorer(name, weight, codec, encoder, device, dtype="auto"):
-    """The arguments of `generate` for the rescorer called `name`, or None; ValueError if it reads other codes or texts
-    than those of codec and text encoder."""
-    if name is None or weight == 0:
-        return {}
-    rescorer, names = load_model(name, device, pick_dtype(dtype, device))
-    K = rescorer.config.n_codebooks
-    if "codec_id" not in names:  # a published model does not say which weights those are
-        names |= identities(load_codec(names["codec"], K, device), T5Encoder.from_pretrained(names["text_encoder"]))
-    mine = identities(codec, encoder)
-    if K != codec.n_codebooks or any(names[key] != mine[key] for key in mine):
-        raise ValueError(f"--rescorer {name}: has another codec or text encoder than --model")
-    return {"rescorer": rescorer, "rescorer_weight": weight}
-
-
-def read_given(args, codec, seconds, device):
-    """What is there before decoding: codes (1, K, T), which of their frames are given (T,), and the samples in all."""
-    source = args.inpaint or args.audio_prompt
-    known = torch.empty(1, codec.n_codebooks, 0, dtype=torch.long, device=device)
-    if source is not None:
-        wav = load_audio(source, codec.sample_rate)
-        known = codec.encode(wav[None].to(device))  # (1, K, P)
-    if args.inpaint is not None:
-        length = wav.shape[1] / codec.sample_rate
-        if not 0 <= args.gap_start < args.gap_end <= length + 0.005:
-            raise ValueError(f"want --from before --to within the {length:g} s of {source}")
-        first, end = args.gap_start * codec.frame_rate, args.gap_end * codec.frame_rate
-        frame = torch.arange(known.shape[2], device=device)
-        return known, (frame < math.floor(first + 1e-6)) | (frame >= math.ceil(end - 1e-6)), wav.shape[1]
-    samples = max(1, round(seconds * codec.sample_rate))
-    n_frames, P = math.ceil(samples / codec.hop_length), known.shape[2]
-    if P >= n_frames:
-        raise ValueError(f"--audio-prompt {source} is {P / codec.frame_rate:g} s long; want less than {seconds:g} s")
-    return F.pad(known, (0, n_frames - P)), torch.arange(n_frames, device=device) < P, samples
-
-
-def window_size(args, model, codec, n_frames):
-    """The frames of a window and of the overlap of two."""
-    clip = model.config.seconds
-    overlap = clip / 3 if args.overlap is None else args.overlap
-    if not 0 <= overlap < clip:
-        raise ValueError(f"--overlap must be at least 0 and less than the {clip:g} s of a window, not {overlap:g}")
-    size = math.ceil(round(clip * codec.sample_rate) / codec.hop_length)
-    if n_frames > size:
-        print(f"longer than a training clip ({clip:g} s): made in windows, each continuing {overlap:g} s of the last")
-    return size, min(round(overlap * codec.frame_rate), size - 1)
-
-
-def encode_prompts(encoder, prompts, negative_prompt):
-    """Text and mask of every batch of prompts, and those of the negative prompt or None."""
-    batches, more = [], [] if negative_prompt is None else [negative_prompt]
-    for i in range(0, len(prompts), BATCH):
-        text, mask = encoder.encode_text(prompts[i:i + BATCH] + more)
-        n = len(text) - len(more)
-        batches.append((text[:n], mask[:n], (text[n:], mask[n:]) if more else None))
-    return batches
-
-
-def main():
-    args = parse_args()
-    check_args(args)
-    device = pick_device(args.device)
-    model, config, codec, encoder, rescorer = load_all(args, device)
-    known, given, samples = read_given(args, codec, args.seconds or model.config.seconds, device)
-    print(model)
-    size, overlap = window_size(args, model, codec, len(given))
-    prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
-    paths = output_paths(args.out, len(prompts))
-    generator = torch.Generator(device).manual_seed(args.seed)
     start = time.perf_counter()
-    batches = encode_prompts(encoder, prompts, args.negative_prompt)
-    del encoder  # its memory is wanted: T5 has done its part
-    n_steps = sum(config.decoding_steps) * len(windows(given, size, overlap)) * len(batches)
-    written = iter(paths)
-    with tqdm(total=n_steps if model.config.objective == "magnet" else None, unit="step") as bar:
-        for text, text_mask, negative in batches:
-            codes = generate_windows(model, text, text_mask, known.expand(len(text), -1, -1), given, size, overlap,
-                                     config, generator, lambda **_: bar.update(), negative=negative,
-                                     frame_rate=codec.frame_rate, **rescorer)
-            for row in codes:
-                save_audio(next(written), codec.decode(row[None])[..., :samples], codec.sample_rate)
-    elapsed = time.perf_counter() - start
-    for path, prompt in zip(paths, prompts, strict=True):
-        print(f"wrote {path}  {prompt}")
-    total = samples / codec.sample_rate * len(prompts)
-    print(f"{elapsed:.1f} s on {device} for {total:g} s of audio: real-time factor {elapsed / total:.2f}")
+    known, n_samples = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
+    size, overlap = window_size(request, model.config.seconds, codec.frame_rate)
+    parts = windows(known[0, 0] != model.mask_id, size, overlap)  # slices of frames
+    if len(parts) > 1:
+        say(f"made in windows of {model.config.seconds:g} s, each continues {overlap / codec.frame_rate:g} s of the last")
+    negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
+    batches = [(clips[i:i + BATCH], *encoder.encode_text([clip.prompt for clip in clips[i:i + BATCH]]))
+               for i in range(0, len(clips), BATCH)]
+    del encoder  # its memory is wanted
+    with tqdm(total=len(batches) * len(parts), unit="window") as bar:
+        for batch, text, text_mask in batches:
+            codes = known.repeat(len(batch), 1, 1)
+            streams = clip_streams(request.seed, [clip.number for clip in batch])
+            for part in parts:
+                codes[:, :, part] = generate(model, text, text_mask, codes[:, :, part], config, streams, negative,
+                                             rescorer, frame_rate=codec.frame_rate)
+                bar.update()
+            for clip, row in zip(batch, codes, strict=True):
+                save_audio(clip.path, codec.decode(row[None])[..., :n_samples], codec.sample_rate)
+                say(f"wrote {clip.path}  {clip.prompt}  (again: --seed {request.seed} --only {clip.number})")
+    elapsed, total = time.perf_counter() - start, n_samples / codec.sample_rate * len(clips)
+    say(f"{elapsed:.1f} s on {device} for {total:g} s of audio: real-time factor {elapsed / total:.2f}")
 
 
 if __name__ == "__main__":

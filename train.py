@@ -1,110 +1,240 @@
-"""Training: one straight loop for the paper's objective, and for the two it is compared with [Sec. 3.1, Sec. 4].
+"""Training: the paper's objective and the two it is compared with, and one straight loop [Sec. 3.1, Sec. 4, App. D].
 
-A step draws a codebook (the stage) for the whole batch and, for every clip, a time t and a span mask at the rate
-cos(pi t / 2); the loss is the cross-entropy of the hidden tokens of that codebook, and of nothing else. It and those of
-the autoregressive and the hybrid model (`--objective`) are in `objectives.py`. The codec and the text encoder have done
-their work beforehand: see `data.py`. It leaves out sharding.
+A step draws a codebook (the stage) and, for every clip, a time t and a span mask at the rate cos(pi t / 2); the loss is
+the cross-entropy of the hidden tokens of that codebook, and of nothing else. Autoregressive and hybrid models
+(`--objective`) learn with the same network, other masks and other targets. Codec and text encoder have done their work
+beforehand: see `support/data.py`. Read `train` first, then the objective it calls.
 Deviation: AdamW as in the paper; the released recipe sets its step sizes by D-Adaptation.
 
     python train.py --data toy --out runs/toy
-    python train.py --data toy --objective ar --out runs/ar
     python train.py --out runs/toy --resume                       # goes on as if it had never stopped
     torchrun --nproc-per-node 4 train.py --data toy --out runs/toy
 """
 
-import csv
+import importlib
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+import torch.nn.functional as F
 
-from cli import (
-    Parser,
-    add_flags,
-    check_same,
-    from_flags,
-    identities,
-    multiplies_bf16,
-    option,
-    pick_device,
-    positive,
-    run,
-    save_whole,
-)
-from data import load_data
 from encodec_wrap import load_codec
-from model import OBJECTIVES, MAGNeT, ModelConfig, load_model, load_strictly, read_checkpoint
-from objectives import LOSSES, VALIDATED, draw_step, validate
-from objectives import MASK_RATES as MASK_RATES  # for those who read what `validate` gives
+from masking import (
+    causal_attention_mask,
+    cosine_schedule,
+    delay_codes,
+    hybrid_attention_mask,
+    mask_codes,
+    span_mask,
+    spans_for_mask_rate,
+)
+from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
+from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
+from support.data import load_data, world_entries
+from support.files import Companions, fingerprint, load_strictly, read_checkpoint
+from support.training import Processes, Run, unwrapped
 from t5_encoder import T5Encoder
 
-STATE_KEYS = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id",
-              "model", "ema", "optimizer", "scaler", "step", "rng")
+MASK_RATES = (0.25, 0.5, 0.75, 1.0)  # at which validation measures
+VALIDATED = {"magnet": MASK_RATES, "ar": ("ar",), "hybrid": (*MASK_RATES, "ar")}  # what it measures of each codebook
+WORLDS = {"toy": "toy.world", "tunes": "toy.tunes"}  # data sets that are synthesised
+MAY_MOVE = ("data", "codec", "text_encoder")  # settings that --resume takes anew: they are checked by their content
+STATE_KEYS = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id", "model", "ema",
+              "optimizer", "scaler", "step", "rng")
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Config):
     """All that decides what a run learns; kept in its checkpoint."""
 
     objective: str = option("magnet", "masked (magnet), autoregressive (ar), or both (hybrid)", OBJECTIVES)
-    data: str = option("toy", "toy, a folder of audio with .txt or .json captions, or a JSON-lines manifest")
-    codec: str = option("toy", "toy, encodec_24khz, or a codec file")
-    text_encoder: str = option("toy", "toy, t5-small, t5-base, google/flan-t5-small, or a folder")
-    n_codebooks: int = option(0, "use only the codec's first K codebooks; 0: all of the toy codec, 4 of encodec_24khz")
-    seconds: float = option(4.0, "length of the training clips")
+    data: str = option("toy", "toy, tunes, a folder of audio with .txt or .json captions, or a JSON-lines manifest")
+    codec: str = option("toy", "toy, encodec_24khz, or a codec's file or folder")
+    text_encoder: str = option("toy", "toy, t5-small, t5-base, google/flan-t5-small, ..., or a folder")
+    n_codebooks: int = option(0, "use only the codec's first K codebooks; 0: all of the toy codec, 4 of encodec_24khz",
+                              low=0)
+    seconds: float = option(4.0, "length of the training clips", above=0, high=3600)
     audio_key: str = option("location", "where a manifest's lines name the audio file")
     caption_key: str = option("main_caption", "where JSON captions and a manifest's lines hold the text")
-    toy_clips: int = option(6000, "size of the toy data set")
-    text_len: int = option(32, "texts are padded to at least so many tokens")
-    dim: int = option(160, "width of the transformer")
-    n_heads: int = option(5, "attention heads")
-    n_layers: int = option(6, "blocks")
-    dropout: float = option(0.0, "dropout inside the blocks")
-    span_len: int = option(3, "frames per masked span")
-    context_ms: float = option(100.0, "how far stages after the first see on each side; negative: everywhere")
-    steps: int = option(18_000, "optimiser steps")
+    toy_clips: int = option(6000, "size of a synthesised data set", low=1)
+    text_len: int = option(32, "every text attends as if padded to at least so many tokens", low=0, high=1 << 14)
+    dim: int = option(160, "width of the transformer", low=4, high=1 << 16)
+    n_heads: int = option(5, "attention heads", low=1, high=1 << 10)
+    n_layers: int = option(6, "blocks", low=1, high=1 << 10)
+    dropout: float = option(0.0, "dropout inside the blocks", low=0, high=1)
+    span_len: int = option(3, "frames per masked span", low=1, high=1 << 20)
+    context_ms: float = option(100.0, "how far stages after the first see on each side; negative: everywhere",
+                               low=-1e6, high=1e6)
+    steps: int = option(18_000, "optimiser steps", low=1)
     stage_weights: tuple[float, ...] = option((2.0, 1.0), "how often each codebook is trained, the last number for all "
-                                               "that follow; 1: alike, as in the paper")
-    batch_size: int = option(8, "clips per step, over all processes")
-    accumulate: int = option(1, "split each step's clips into this many parts, to save memory")
-    lr: float = option(2e-3, "peak learning rate")
-    warmup: int = option(500, "steps of linear warm-up, before the cosine decay")
-    weight_decay: float = option(0.1, "AdamW's weight decay")
-    clip_norm: float = option(1.0, "gradients are clipped to this norm")
-    ema_decay: float = option(0.999, "per step, of the averaged weights that are used for sampling")
-    condition_dropout: float = option(0.3, "probability that a clip's text is dropped")
+                                               "that follow; 1: alike, as in the paper", low=0, high=1e6)
+    batch_size: int = option(8, "clips per step, over all processes", low=1, high=1 << 20)
+    accumulate: int = option(1, "split each step's clips into this many parts, to save memory", low=1)
+    lr: float = option(2e-3, "peak learning rate", above=0, high=1e3)
+    warmup: int = option(500, "steps of linear warm-up, before the cosine decay", low=0)
+    weight_decay: float = option(0.1, "AdamW's weight decay", low=0, high=1e3)
+    clip_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
+    ema_decay: float = option(0.999, "per step, of the averaged weights that are used for sampling", low=0, high=1)
+    condition_dropout: float = option(0.3, "probability that a clip's text is dropped", low=0, high=1)
     codebook_dropout: float = option(0.25, "objective ar: probability that later codebooks, from a random one on, are "
-                                           "hidden in a clip, as a rescorer meets them")
-    seed: int = option(0, "of weights, batches and masks")
+                                           "hidden in a clip, as a rescorer meets them", low=0, high=1)
+    seed: int = option(0, "of weights, batches and masks", low=0)
     dtype: str = option("auto", "of the matrix products; auto: what the device computes fastest",
                         ("auto", "fp32", "bf16", "fp16"))
 
-    def __post_init__(self):
-        for name in ("seconds", "steps", "batch_size", "accumulate", "lr", "span_len", "toy_clips", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        for name in ("dropout", "condition_dropout", "codebook_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
-        for name in ("data", "codec", "text_encoder"):  # local files are found again from any folder
-            if getattr(self, name) != "toy" and Path(getattr(self, name)).exists():
-                setattr(self, name, str(Path(getattr(self, name)).resolve()))
-        if not self.stage_weights or not 0 <= min(self.stage_weights) <= sum(self.stage_weights) - 1e-9:
-            raise ValueError(f"--stage-weights must be zero or positive and not all zero, not {self.stage_weights}")
-        if not math.isfinite(self.context_ms):
-            raise ValueError(f"--context-ms must be a number, negative for full context, not {self.context_ms}")
 
+@dataclass
+class RunConfig(Config):
+    """Where and how a run is made; nothing of it changes what is learned."""
+
+    out: str = option("runs/toy", "folder of the run")
+    resume: bool = option(False, "go on from the checkpoint in --out, with its settings")
+    init_from: str = option(None, "start from the weights of this model, as --model of sample.py")
+    only_encode: bool = option(False, "stop when the data set is encoded into the cache")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    compile: bool = option(False, "torch.compile the model")
+    cache: str = option("cache", "folder for codes and text embeddings")
+    log_every: int = option(50, "steps between rows of log.csv", low=1)
+    val_every: int = option(500, "steps between validations", low=1)
+    save_every: int = option(500, "steps between checkpoints", low=1)
+    sample_every: int = option(2000, "steps between audio samples; 0: none", low=0)
+    sample_captions: tuple[str, ...] = option((
+        "a slow deep flute plays a rising melody, with drums", "a fast high bell plays an arpeggio, without drums"),
+        "what the audio samples play")
+
+
+# ------------------------------------------------------------------------------------------------- the three objectives
+# Each is a sum, in nats, over the tokens in `loss_mask`; the loop divides by their number in the whole batch.
+
+def masked_cross_entropy(model, codes, stage, hidden, loss_mask, text, text_mask):
+    """[Eq. 4, Sec. 3.1] -log p(hidden tokens of codebook `stage` | all that is shown, text), summed.
+
+    codes: (B, K, T); stage: int, or (B,) long of one value; hidden: (B, T), what the model does not see; loss_mask:
+    (B, T), the part of it that is not padding.
+    """
+    stage = int(torch.as_tensor(stage).flatten()[0])
+    inputs = mask_codes(codes, stage, hidden, unwrapped(model).mask_id)
+    logits = model(inputs, stage, text, text_mask)  # (B, T, card)
+    return F.cross_entropy(logits[loss_mask], codes[:, stage][loss_mask], reduction="sum")
+
+
+def next_token_cross_entropy(model, codes, loss_mask, text, text_mask, shown=None):
+    """[Eq. 1] -log p(each token | the positions before its own, text), summed.
+
+    codes: (B, K, T); loss_mask: (B, K, T) bool; shown: (B, K, 1) bool, False where a clip's codebook is hidden from the
+    model, all by default. Deviation: MusicGen's released code leaves out the last k frames of codebook k, and always
+    shows all codebooks.
+    """
+    delayed = delay_codes(codes, unwrapped(model).mask_id)  # (B, K, T + K)
+    inputs = delayed if shown is None else delayed.masked_fill(~shown, unwrapped(model).mask_id)
+    logits = model(inputs, None, text, text_mask, mask=causal_attention_mask(*[delayed.shape[2]] * 2))
+    loss_mask = delay_codes(loss_mask, False)[:, :, 1:]  # each position predicts what stands in the next
+    return F.cross_entropy(logits[:, :, :-1][loss_mask], delayed[:, :, 1:][loss_mask], reduction="sum")
+
+
+def hybrid_cross_entropy(model, codes, stage, hidden, n_prompt, loss_mask, text, text_mask):
+    """[App. D, Fig. 7] Next tokens up to a position, MAGNeT's objective after it, summed; each token counts once.
+
+    codes: (B, K, T); stage, n_prompt: (B,) long, n_prompt frames of prompt, in codebook k k fewer; hidden: (B, T), in
+    the frames after the prompt of codebook `stage`; loss_mask: (B, K, T), see `hybrid_loss_mask`.
+    """
+    mask_id = unwrapped(model).mask_id
+    delayed = delay_codes(codes, mask_id)  # (B, K, T + K)
+    in_prompt = torch.arange(delayed.shape[2], device=codes.device) <= n_prompt[:, None, None]  # (B, 1, T + K)
+    masked = delay_codes(mask_codes(codes, stage, hidden, mask_id), mask_id)
+    mask = hybrid_attention_mask(delayed.shape[2], n_prompt, stage, unwrapped(model).config.context)
+    logits = model(torch.where(in_prompt, delayed, masked), None, text, text_mask, mask=mask)  # (B, K, T + K, card)
+    loss_mask = delay_codes(loss_mask, False)[:, :, 1:]  # every position predicts what stands in the next
+    return F.cross_entropy(logits[:, :, :-1][loss_mask], delayed[:, :, 1:][loss_mask], reduction="sum")
+
+
+def hybrid_loss_mask(valid, n_codebooks, stage, hidden, n_prompt):
+    """[App. D] The tokens of `hybrid_cross_entropy`: all of the prompt, and the hidden ones of the stage: (B, K, T).
+
+    valid: (B, T), False at padding.
+    """
+    frame, level = torch.arange(valid.shape[1]), torch.arange(n_codebooks)[:, None]
+    in_prompt = frame < n_prompt[:, None, None] - level  # (B, K, T)
+    return (in_prompt | hidden[:, None] & (level == stage[:, None, None])) & valid[:, None]
+
+
+LOSSES = {"magnet": masked_cross_entropy, "ar": next_token_cross_entropy, "hybrid": hybrid_cross_entropy}
+
+
+def draw_hidden(n_clips, n_frames, span_len, generator):
+    """[Eq. 3, Sec. 3.1] Training masks: t ~ U(0, 1) for each clip, spans at mask rate cos(pi t / 2): (B, T) bool."""
+    rate = cosine_schedule(torch.rand(n_clips, generator=generator))
+    return span_mask(spans_for_mask_rate(rate, n_frames, span_len), n_frames, span_len, generator)
+
+
+def draw_batch(clips, config, n_codebooks, generator):
+    """[Sec. 3.1, Sec. 4] What a step trains on: clips, their texts (some dropped), and what is hidden. Tensors (B, ...)
+    by the names that the objective's loss gives them.
+
+    magnet: one stage for all clips. hybrid: a stage and a prompt of 0 to T - 1 frames for each clip, spans in what
+    follows the prompt. ar: in some clips only the first codebooks are shown, as when the model rescores.
+    """
+    B, K = config.batch_size, n_codebooks
+    weights = torch.tensor([*config.stage_weights, *[config.stage_weights[-1]] * K][:K])
+    rows = torch.randint(len(clips), (B,), generator=generator)
+    keep_text = torch.rand(B, generator=generator) >= config.condition_dropout
+    codes, text, text_mask = clips.batch(rows)
+    valid, T = clips.valid(rows), codes.shape[2]  # (B, T)
+    batch = {"codes": codes, "text": text, "text_mask": text_mask.bool() & keep_text[:, None]}
+    if config.objective == "magnet":
+        stage = torch.multinomial(weights, 1, generator=generator).expand(B)
+        hidden = draw_hidden(B, T, config.span_len, generator)
+        return batch | {"stage": stage, "hidden": hidden, "loss_mask": hidden & valid}
+    if config.objective == "ar":
+        n_shown = torch.randint(1, K + 1, (B,), generator=generator)
+        n_shown[torch.rand(B, generator=generator) >= config.codebook_dropout] = K
+        shown = torch.arange(K)[:, None] < n_shown[:, None, None]  # (B, K, 1)
+        return batch | {"shown": shown, "loss_mask": valid[:, None] & shown}
+    stage = torch.multinomial(weights, B, replacement=True, generator=generator)
+    n_prompt = torch.randint(T, (B,), generator=generator)
+    hidden = torch.zeros(B, T, dtype=torch.bool)
+    for b, first in enumerate((n_prompt - stage).clamp(min=0).tolist()):
+        hidden[b, first:] = draw_hidden(1, T - first, config.span_len, generator)[0]
+    return batch | {"stage": stage, "hidden": hidden, "n_prompt": n_prompt,
+                    "loss_mask": hybrid_loss_mask(valid, K, stage, hidden, n_prompt)}
+
+
+@torch.no_grad()
+def validate(model, clips, device, amp, max_clips=64, seed=0):
+    """Cross-entropy per codebook, nats per token: {codebook: {kind: value}}; the same clips and masks every time.
+
+    Kinds: a mask rate, for what is filled in (by a hybrid without a prompt); "ar", for next tokens. nan: no token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.linspace(0, len(clips) - 1, min(len(clips), max_clips)).long()  # from all over the set
+    T, K, objective = clips.codes.shape[2], model.config.n_codebooks, model.config.objective
+    losses = {stage: {} for stage in range(K)}
+    for stage in range(K):
+        for kind in VALIDATED[objective]:
+            total = count = 0
+            for part in rows.split(16):
+                codes, text, text_mask = clips.batch(part, device)
+                valid, of_stage = clips.valid(part).to(device), torch.arange(K, device=device)[:, None] == stage
+                task = {"codes": codes, "text": text, "text_mask": text_mask}
+                if kind == "ar":
+                    loss, task["loss_mask"] = next_token_cross_entropy, valid[:, None] & of_stage
+                else:
+                    n_spans = torch.full((len(part),), spans_for_mask_rate(kind, T, model.config.span_len))
+                    hidden = span_mask(n_spans, T, model.config.span_len, generator).to(device)
+                    loss, stages = masked_cross_entropy, torch.full((len(part),), stage, device=device)
+                    task |= {"stage": stages, "hidden": hidden, "loss_mask": hidden & valid}
+                    if objective == "hybrid":
+                        loss, task["loss_mask"] = hybrid_cross_entropy, (hidden & valid)[:, None] & of_stage
+                        task["n_prompt"] = torch.zeros_like(stages)
+                with amp():
+                    total += loss(model, **task).item()
+                count += int(task["loss_mask"].sum())
+            losses[stage][kind] = total / count if count else math.nan
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
 
 def learning_rate(step, config):
     """[Sec. 4] Linear warm-up, then a cosine down to zero at the last step."""
@@ -114,118 +244,96 @@ def learning_rate(step, config):
     return config.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-class AveragedWeights:
-    """[Sec. 4] The exponential moving average of a model's weights, which sampling and validation use.
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """[Sec. 4] Move the averaged weights `ema`, which validation and sampling use, towards those of the model.
 
     Deviation: the paper's decay is 0.99, which the released code applies every 10 steps; this is 0.999 at every step.
     """
-
-    def __init__(self, model):
-        self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model, decay, step):
-        decay = min(decay, (1 + step) / (10 + step))  # at first a short memory, to forget the random start
-        for name, tensor in model.state_dict().items():
-            self.weights[name].lerp_(tensor, 1 - decay)
+    decay = min(decay, (1 + step) / (10 + step))  # at first a short memory, to forget the random start
+    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(weight, 1 - decay)
 
 
-class Log:
-    """log.csv: one row per logged step. On resuming, rows after the checkpoint are cut off: they will be made again."""
-
-    def __init__(self, path, columns, resumed_step):
-        rows = []
-        if resumed_step and path.is_file():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
-        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0  # that the run has taken so far
-        self.file = path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, columns)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
-        self.file.flush()
-
-    def write(self, **row):
-        self.writer.writerow({name: value if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()})
-        self.file.flush()
-
-
-def precision(dtype, device):
-    """(a function giving the autocast context, whether gradients need scaling) for a --dtype on a device."""
-    if dtype == "auto":
-        dtype = "bf16" if multiplies_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
-    if dtype == "fp32":
-        return nullcontext, False
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    return lambda: torch.autocast(device.type, kind), dtype == "fp16"
+def train(run, config, clips):
+    """[Sec. 3.1, Sec. 4] The training loop. `run` holds what lasts, and sees to what happens between the steps."""
+    model, processes = run.model.train(), run.processes
+    network = processes.wrap(torch.compile(model) if run.flags.compile else model)
+    for step in run.steps():
+        batch = draw_batch(clips, config, model.config.n_codebooks, run.generator)  # alike in every process
+        n_tokens, loss = max(1, int(batch["loss_mask"].sum())), 0.0
+        lr = learning_rate(step, config)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.zero_grad(set_to_none=True)
+        for part in processes.parts(batch, config.accumulate, network):
+            with run.amp():
+                part_loss = LOSSES[config.objective](network, **part) / n_tokens
+            run.scaler.scale(part_loss * processes.world).backward()  # gradients are averaged over the processes
+            loss += part_loss.item()
+        run.scaler.unscale_(run.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        run.check(step, loss, norm)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        update_ema(run.ema, model, config.ema_decay, step)
+        run.after_step(step + 1, loss, lr)
 
 
-def random_states(generator, device):
-    """Every random state that training draws from."""
-    states = {"generator": generator.get_state(), "torch": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = getattr(torch, device.type).get_rng_state()
-    return states
+# --------------------------------------------------------------------------------------------------------- command line
 
-
-def restore_random_states(states, generator, device):
-    generator.set_state(states["generator"])
-    torch.set_rng_state(states["torch"])
-    if device.type in states:
-        getattr(torch, device.type).set_rng_state(states[device.type])
-
-
-def write_samples(out, step, captions, device):
-    """Let `sample.py` play a few captions with the checkpoint just written; a failure is told, and training goes on."""
-    command = [sys.executable, str(Path(__file__).with_name("sample.py")), *captions, "--model", str(out),
-               "--out", str(out / "samples" / f"step-{step:06d}.wav"), "--device", device.type]
-    if subprocess.run(command, capture_output=True).returncode:
-        print(f"could not write samples; to see why: {' '.join(map(repr, command))}")
-
-
-def parse_args():
-    parser = Parser(description="Train a MAGNeT.")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
-    parser.add_argument("--init-from", help="start from the weights of this run folder, checkpoint file, or toy")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for codes and text embeddings")
-    parser.add_argument("--log-every", type=positive, default=50)
-    parser.add_argument("--val-every", type=positive, default=500)
-    parser.add_argument("--save-every", type=positive, default=500)
-    parser.add_argument("--sample-every", type=int, default=2000, help="steps between audio samples; 0: none")
-    parser.add_argument("--sample-captions", nargs="+", default=["a slow deep flute plays a rising melody, with drums",
-                                                                 "a fast high bell plays an arpeggio, without drums"])
-    add_flags(parser, TrainConfig)
-    return parser.parse_args()
-
-
-def read_config(args, checkpoint):
-    """(what to train, the state to go on from or None); a run that exists is only ever touched by --resume."""
-    if not args.resume:
+def read_settings(args, flags):
+    """(TrainConfig, the state to resume from or None); a run that exists is only ever touched by --resume."""
+    checkpoint = Path(flags.out) / "checkpoint.pt"
+    if not flags.resume:
         if checkpoint.exists():
-            raise ValueError(f"{args.out} holds a run already: give --resume, or another --out")
-        return from_flags(args, TrainConfig), None
+            raise ValueError(f"{flags.out} holds a run already: give --resume, or another --out")
+        return from_flags(args, TrainConfig()), None
     if not checkpoint.is_file():
         raise ValueError(f"--resume: there is no {checkpoint}")
     state = read_checkpoint(checkpoint, STATE_KEYS)
     try:
-        config = TrainConfig(**state["config"])
+        saved = TrainConfig(**state["config"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint}: its config is not one of this version ({error})") from error
-    given, default, saved = asdict(from_flags(args, TrainConfig)), asdict(TrainConfig()), asdict(config)
-    for name, value in given.items():
-        if value not in (default[name], saved[name]):
-            raise ValueError(f"--resume goes on with the run's own settings: {name} is {saved[name]}, not {value}; "
-                             "to change it start a new run with --init-from")
+    config = from_flags(args, saved)
+    for name, value in asdict(config).items():
+        if value != getattr(saved, name) and name not in MAY_MOVE:
+            raise ValueError(f"--resume goes on with the run's own settings: {name} is {getattr(saved, name)}, not "
+                             f"{value}; to change it start a new run with --init-from")
     return config, state
 
 
-def train(args, device, rank, world):
-    """One process's part of a run; `world` processes draw the same batches and each takes its slice of them."""
-    checkpoint = args.out / "checkpoint.pt"
-    config, state = read_config(args, checkpoint)
+def new_model(config, codec, encoder):
+    """A MAGNeT of random weights, as the flags say, for this codec and text encoder."""
+    torch.manual_seed(config.seed)
+    context = round(config.context_ms / 1000 * codec.frame_rate) if config.context_ms >= 0 else -1
+    return MAGNeT(ModelConfig(
+        n_codebooks=codec.n_codebooks, card=codec.codebook_size, dim=config.dim, n_heads=config.n_heads,
+        n_layers=config.n_layers, text_dim=encoder.config.d_model, text_len=config.text_len, context=context,
+        span_len=config.span_len, seconds=config.seconds, dropout=config.dropout, objective=config.objective))
+
+
+def load_clips(config, flags, codec, encoder, device):
+    """The training and validation `Clips`, encoded into the cache where they are not there yet."""
+    worlds = None
+    if config.data in WORLDS:
+        world, n_valid = importlib.import_module(WORLDS[config.data]), max(1, config.toy_clips // 20)
+        worlds = [world_entries(world, n, split, config.seconds) for n, split in
+                  ((config.toy_clips, "train"), (n_valid, "valid"))]
+    return load_data(config.data, codec, encoder, config.seconds, flags.cache, config.audio_key, config.caption_key,
+                     device, worlds)
+
+
+def main():
+    parser = Parser(description="Train a MAGNeT.")
+    for config_class in (RunConfig, TrainConfig):
+        add_flags(parser, config_class)
+    args = parser.parse_args()
+    flags = from_flags(args, RunConfig())
+    config, state = read_settings(args, flags)
+    processes = Processes(pick_device(flags.device))
+    device, world = processes.device, processes.world
     if config.batch_size % (world * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
                          f"{world} x {config.accumulate}")
@@ -233,136 +341,24 @@ def train(args, device, rank, world):
     if not sum(config.stage_weights[:codec.n_codebooks]):
         raise ValueError(f"--stage-weights {config.stage_weights}: trains none of {codec.n_codebooks} codebooks")
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
-    if rank > 0:
-        dist.barrier()  # the first process fills the cache, the others find it filled
-    clips, valid_clips = load_data(config.data, codec, encoder, config.seconds, args.cache, config.audio_key,
-                                   config.caption_key, config.toy_clips, device)
-    if world > 1 and rank == 0:
-        dist.barrier()
-
-    torch.manual_seed(config.seed)
-    context = round(config.context_ms / 1000 * codec.frame_rate) if config.context_ms >= 0 else -1
-    model_config = ModelConfig(
-        n_codebooks=codec.n_codebooks, card=codec.codebook_size, dim=config.dim, n_heads=config.n_heads,
-        n_layers=config.n_layers, text_dim=encoder.config.d_model, text_len=config.text_len, context=context,
-        span_len=config.span_len, seconds=config.seconds, dropout=config.dropout, objective=config.objective)
-    model = MAGNeT(model_config).to(device)
-    generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    amp, scaled = precision(config.dtype, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    if args.init_from and not args.resume:
-        load_strictly(model, load_model(args.init_from)[0].state_dict(), args.init_from)
-    averaged, first = AveragedWeights(model), 0
-    judged = MAGNeT(model_config).to(device).eval()  # wears the averaged weights for validation
+    companions = Companions(config.codec, config.text_encoder, fingerprint(codec), fingerprint(encoder))
     if state:
-        check_same(state, codec, encoder)
-        load_strictly(model, state["model"], checkpoint)
-        try:
-            averaged.weights = {name: tensor.to(device) for name, tensor in state["ema"].items()}
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            restore_random_states(state["rng"], generator, device)
-            first = int(state["step"])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{checkpoint}: is damaged and cannot be resumed from ({error!r})") from error
-    if rank == 0:
-        print(f"{model}\n{len(clips)} training and {len(valid_clips)} validation clips, on {device} x {world}")
-    wrapped = torch.compile(model) if args.compile else model
-    if world > 1:
-        wrapped = DistributedDataParallel(wrapped, find_unused_parameters=True)  # a step uses one stage's head
-
-    def save(step):
-        if rank == 0:
-            save_whole({
-                "config": asdict(config), "model_config": asdict(model_config), "codec": config.codec,
-                "text_encoder": config.text_encoder, **identities(codec, encoder), "step": step,
-                "model": model.state_dict(), "ema": averaged.weights, "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "rng": random_states(generator, device)}, checkpoint)
-
-    stages, chance, kinds = range(codec.n_codebooks), math.log(model_config.card), VALIDATED[config.objective]
-    columns = ["step", "loss", "lr", "seconds", "chance", *(f"val_{k}_{kind}" for k in stages for kind in kinds)]
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = Log(args.out / "log.csv", columns, first) if rank == 0 else None
-    stopping = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stopping.append(True))
-    losses, start = [], time.time() - (log.seconds if log else 0)
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=rank > 0, unit="step")
-    for step in bar:
-        rows, keep_text, task = draw_step(clips, len(stages), config, generator)  # alike in every process
-        total = max(1.0, task["counted"].sum().item())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        optimizer.zero_grad(set_to_none=True)
-        step_loss = torch.zeros((), device=device)
-        codes, text, text_mask = clips.batch(rows)  # as one batch, since the width of the padding has a say
-        task |= {"codes": codes, "text": text, "text_mask": text_mask * keep_text[:, None]}
-        parts = torch.arange(config.batch_size).view(world, config.accumulate, -1)[rank]
-        for i, part in enumerate(parts):
-            mine = {name: x[part].to(device) if torch.is_tensor(x) else x for name, x in task.items()}
-            waiting = world > 1 and i + 1 < len(parts)  # gradients are exchanged after the last part
-            with wrapped.no_sync() if waiting else nullcontext():
-                with amp():
-                    loss = LOSSES[config.objective](wrapped, **mine)
-                scaler.scale(loss / total * world).backward()  # DistributedDataParallel averages over processes
-            step_loss += loss.detach() / total
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        averaged.update(model, config.ema_decay, step)
-        if world > 1:
-            dist.all_reduce(step_loss)
-        losses.append(step_loss.item())
-        done = step + 1
-
-        last = done == config.steps or stop_requested(stopping, world, device)
-        row = {}
-        if rank == 0 and (done % args.val_every == 0 or done == config.steps):
-            judged.load_state_dict(averaged.weights)
-            values = validate(judged, valid_clips, device, amp)
-            row = {f"val_{k}_{kind}": values[k][kind] for k in stages for kind in kinds}
-            means = "  ".join(f"{sum(values[k].values()) / len(kinds):.3f}" for k in stages)
-            bar.write(f"step {done}: validation cross-entropy per codebook {means}  (chance {chance:.3f})")
-        if rank == 0 and (row or done % args.log_every == 0 or last):
-            bar.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}")
-            log.write(step=done, loss=sum(losses) / len(losses), lr=learning_rate(step, config), chance=chance,
-                      seconds=time.time() - start, **row)
-            losses = []
-        if done % args.save_every == 0 or last:
-            save(done)
-        if rank == 0 and args.sample_every and done % args.sample_every == 0:
-            save(done)
-            write_samples(args.out, done, args.sample_captions, device)
-        if last:
-            break
-
-
-def stop_requested(stopping, world, device):
-    """Whether any process was asked to stop (Ctrl-C or SIGTERM): all stop after the same step."""
-    flag = torch.tensor(float(bool(stopping)), device=device)
-    if world > 1:
-        dist.all_reduce(flag)
-    return bool(flag)
-
-
-def main():
-    args = parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
-    if world > 1:
-        device = torch.device("cpu") if device.type == "mps" else device  # gloo knows no MPS
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # long: one process encodes, the others wait
-    try:
-        train(args, device, rank, world)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        Companions(**{key: state[key] for key in vars(companions) if key in state}).check(codec, encoder)
+    with processes.first_alone():
+        clips, valid_clips = load_clips(config, flags, codec, encoder, device)
+    say(f"{len(clips)} training clips and {len(valid_clips)} validation clips of {config.seconds:g} s")
+    if flags.only_encode:
+        return
+    model = new_model(config, codec, encoder).to(device)
+    if flags.init_from and not state:
+        first, companions.sampling = load_model(flags.init_from)
+        load_strictly(model, first.state_dict(), flags.init_from)
+    kinds = VALIDATED[config.objective]
+    this_run = Run(flags, config, model, companions, processes, validate, kinds, valid_clips, state)
+    if processes.rank == 0:
+        say(f"{model} on {device} x {world}")
+    train(this_run, config, clips)
+    processes.close()
 
 
 if __name__ == "__main__":

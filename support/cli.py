@@ -16,11 +16,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ------------------------------------------------------------------------------------------------------------- configs
 
-def option(default=dataclasses.MISSING, help="", choices=None, low=None, high=None, above=None):
+def option(default=dataclasses.MISSING, help="", choices=None, low=None, high=None, above=None, flag=None):
     """A field of a `Config`: its default, its meaning, and what it may be: one of `choices`, or low <= x <= high, or
-    x > above. In a field that is a tuple the bounds hold for each of its numbers.
+    x > above. In a tuple the bounds hold for each number. A default of None allows None, for "not given".
     """
-    limits = {"choices": choices, "low": low, "high": high, "above": above}
+    limits = {"choices": choices, "low": low, "high": high, "above": above, "flag": flag}
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -31,6 +31,8 @@ class Config:
         """ValueError names the field and says what would be right. Numbers must be finite."""
         for field in dataclasses.fields(self):
             value, limits = getattr(self, field.name), field.metadata
+            if value is None and field.default is None:
+                continue
             if isinstance(value, list):
                 object.__setattr__(self, field.name, value := tuple(value))
             many = typing.get_origin(field.type) is tuple
@@ -63,8 +65,9 @@ def add_flags(parser, config_class):
     """Give `parser` one flag for every field of a `Config`: top_p -> --top-p. What is not given is absent from the
     parsed arguments, so that `from_flags` can tell it from a default."""
     for field in dataclasses.fields(config_class):
-        flag, kind = "--" + field.name.replace("_", "-"), field.type
-        more = {"default": argparse.SUPPRESS, "help": f"{field.metadata['help']} (default: {field.default})"}
+        flag, kind = field.metadata["flag"] or "--" + field.name.replace("_", "-"), field.type
+        default = "" if field.default is None else f" (default: {field.default})".replace("%", "%%")
+        more = {"dest": field.name, "default": argparse.SUPPRESS, "help": field.metadata["help"] + default}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **more)
         elif typing.get_origin(kind) is tuple:

@@ -6,10 +6,10 @@ import os
 import time
 import zipfile
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 STALE = 3600  # seconds without a change after which a temporary file is what a killed process left behind
@@ -44,45 +44,35 @@ def save_whole(content, path):
 
 
 def read_checkpoint(path, keys=()):
-    """The dictionary that torch.save wrote, read without running code in it, its tensors left in the file until used.
+    """A dictionary written by torch.save or in a .safetensors file, or the shards that an index (.index.json) lists.
 
-    Checksums are verified. ValueError names a file that is damaged, is something else, or lacks one of `keys`.
+    No code in it is run, checksums are verified, and tensors stay in the file until they are used. ValueError names a
+    file that is damaged, is something else, or lacks one of `keys`.
     """
+    path, damaged = Path(path), None
     try:
-        zipped = zipfile.is_zipfile(path)
-        damaged = zipfile.ZipFile(path).testzip() if zipped else None
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if path.name.endswith(".index.json"):
+            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            content = {k: tensor for shard in shards for k, tensor in read_checkpoint(path.with_name(shard)).items()}
+        elif path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            zipped = zipfile.is_zipfile(path)
+            damaged = zipfile.ZipFile(path).testzip() if zipped else None  # torch does not look at the checksums
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
-    except Exception as error:  # torch.load has no one type for "not a checkpoint"
+    except Exception as error:  # there is no one type for "not such a file"
         raise ValueError(f"{path}: cannot be read as a checkpoint; it is damaged or something else") from error
-    if damaged:
-        raise ValueError(f"{path}: is damaged ({damaged} does not match its checksum); fetch or make it again")
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ValueError(f"{path}: is not such a checkpoint (it lacks {', '.join(missing)})")
+    if damaged or missing:
+        problem = f"is damaged: {damaged} fails its checksum" if damaged else f"it lacks {', '.join(missing)}"
+        raise ValueError(f"{path}: is not such a checkpoint ({problem})")
     return content
 
 
-def read_tensors(path):
-    """Tensors by name from a .safetensors or a PyTorch file, or from the shards that an index (.index.json) lists."""
-    path = Path(path)
-    if path.name.endswith(".index.json"):
-        try:
-            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            return {name: tensor for shard in shards for name, tensor in read_tensors(path.with_name(shard)).items()}
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: is not an index of weight files") from error
-    if path.suffix != ".safetensors":
-        return check_tensors(read_checkpoint(path), path)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: is not a safetensors file, or is damaged ({error}): fetch it again") from error
-
-
 def check_tensors(state, path):
-    """`state`, if it holds ordinary tensors by name; else ValueError."""
+    """`state`, if it holds plain tensors by name; else ValueError."""
     if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
             and not tensor.is_quantized and not tensor.is_complex() and tensor.device.type == "cpu"
@@ -91,33 +81,56 @@ def check_tensors(state, path):
     return state
 
 
-def load_strictly(model, state, path, dtype=None, device="cpu"):
+def load_strictly(model, state, path, dtype=None, device="cpu", scales=None):
     """Fill `model` with `state`. A tensor that is missing, unexpected, misshapen or not finite is a ValueError.
 
     The values are copied; or, where `dtype` is given, the tensors themselves become the model's, in this type and on
-    `device`, so that a model made on the device "meta" is in memory only once.
+    `device`, so that a model made on the device "meta" is in memory only once. scales: {name: (rows, 1)} of matrices
+    stored in 8 bits, whose rows are to be multiplied by them.
     """
-    wanted, state = model.state_dict(), check_tensors(state, path)
+    wanted, state, scales = model.state_dict(), check_tensors(state, path), check_tensors(scales or {}, path)
     missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     for problem, names in (("is missing", missing), ("is unexpected", unexpected)):
         if names:
             raise ValueError(f"{path}: tensor {min(names)} {problem} ({len(names)} such)")
+    ready = {}
     for name, tensor in state.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, want {tuple(wanted[name].shape)}")
+        if name in scales:
+            if scales[name].shape != (len(tensor), 1):
+                raise ValueError(f"{path}: the scales of tensor {name} have shape {tuple(scales[name].shape)}")
+            tensor = tensor * scales[name]
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise ValueError(f"{path}: tensor {name} is of type {tensor.dtype}, want {wanted[name].dtype}")
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: tensor {name} holds numbers that are not finite")
-    if dtype is not None:
-        state = {name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-                 for name, tensor in state.items()}
-    model.load_state_dict(state, assign=dtype is not None)
+        ready[name] = tensor if dtype is None else tensor.to(device, dtype if tensor.is_floating_point() else None)
+    model.load_state_dict(ready, assign=dtype is not None)
 
 
-def fingerprint(module, more=b""):
-    """A hash of a network's weights, and of the bytes `more`."""
-    digest = hashlib.sha256(more)
+def fingerprint(module):
+    """A hash of a network's weights, and of the pieces of its tokenizer if it has one."""
+    tokenizer = getattr(module, "tokenizer", None)
+    digest = hashlib.sha256(tokenizer.serialized_model_proto() if tokenizer else b"")
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@dataclass
+class Companions:
+    """What a model needs beside it: the names of its codec and text encoder, their fingerprints ("": unknown), and the
+    sampling settings that it brings along."""
+
+    codec: str
+    text_encoder: str
+    codec_id: str = ""
+    text_encoder_id: str = ""
+    sampling: dict = field(default_factory=dict)
+
+    def check(self, codec, encoder):
+        """ValueError if codec or text encoder have other weights than those that the model was trained with."""
+        for kind, module in (("codec", codec), ("text_encoder", encoder)):
+            if getattr(self, f"{kind}_id") not in ("", fingerprint(module)):
+                raise ValueError(f"{kind} {getattr(self, kind)} has other weights than the model was trained with")

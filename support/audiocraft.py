@@ -1,0 +1,57 @@
+"""The settings text (`xp.cfg`, YAML) inside AudioCraft's published models, in our words."""
+
+from dataclasses import dataclass
+
+import yaml
+
+FIXED = {  # settings that our network does not vary: name -> (ours, what another value means)
+    "channels": (1, "a stereo model"), "fuser.sum": ([], "a condition that is added"),
+    "fuser.prepend": ([], "a melody-conditioned model"), "fuser.cross": (["description"], "another condition"),
+    "fuser.cross_attention_pos_emb": (False, "cross_attention_pos_emb"),
+    "transformer_lm.positional_embedding": ("sin", "rotary embeddings"),
+    "transformer_lm.activation": ("gelu", "another activation"), "transformer_lm.norm": ("layer_norm", "another norm"),
+    "transformer_lm.norm_first": (True, "a post-norm model"), "transformer_lm.layer_scale": (None, "layer scale"),
+    "transformer_lm.past_context": (None, "a limited past"), "transformer_lm.kv_repeat": (1, "shared keys and values"),
+    **{f"transformer_lm.{name}": (False, name) for name in (
+        "xpos", "bias_ff", "bias_attn", "bias_proj", "qk_layer_norm", "qk_layer_norm_cross")}}
+SHAPE = {"n_q": "n_codebooks", "card": "card", "dim": "dim", "num_heads": "n_heads", "num_layers": "n_layers",
+         "hidden_scale": "ffn_mult"}  # AudioCraft's name -> ours
+MAGNET_SAMPLING = {
+    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "max_cfg_coef": "guidance_start",
+    "min_cfg_coef": "guidance_end", "decoding_steps": "decoding_steps", "span_scoring": "span_scoring",
+    "span_arrangement": "span_arrangement"}
+MUSICGEN_SAMPLING = {"temp": "ar_temperature", "top_k": "ar_top_k"}
+
+
+@dataclass
+class Settings:
+    """model: fields of a model's config; sampling: what differs from our defaults; text_encoder: the name of a T5."""
+
+    model: dict
+    sampling: dict
+    text_encoder: str
+
+
+def read_settings(text):
+    """YAML text -> `Settings`. KeyError: a setting is missing; ValueError: one that our network does not have."""
+    settings = yaml.safe_load(text)
+    flat = {f"{group}.{name}": value for group, values in settings.items() if isinstance(values, dict)
+            for name, value in values.items()} | settings
+    for name, (ours, other) in FIXED.items():
+        if flat.get(name, ours) != ours:
+            raise ValueError(f"{other} is not supported: {name} is {flat[name]}, not {ours}")
+    lm, pattern = settings["transformer_lm"], settings["codebooks_pattern"]
+    model = {ours: lm[name] for name, ours in SHAPE.items()}
+    model["seconds"] = float(settings["dataset"]["segment_duration"])
+    released = flat.get("generate.lm", {})
+    if lm["causal"]:  # a MusicGen, which has neither spans nor a restricted context
+        if pattern["modeling"] != "delay" or list(pattern["delay"]["delays"]) != list(range(lm["n_q"])):
+            raise ValueError(f"its codebooks are not delayed by one frame each: {pattern['modeling']}, "
+                             f"{pattern['delay']['delays']}")
+        model |= {"objective": "ar", "context": -1}
+        sampling = {ours: released[name] for name, ours in MUSICGEN_SAMPLING.items() if name in released}
+    else:
+        model |= {"context": lm["subcodes_context"], "span_len": settings["masking"]["span_len"]}
+        sampling = {ours: released[name] for name, ours in MAGNET_SAMPLING.items() if name in released}
+        sampling["schedule"] = "released"
+    return Settings(model, sampling, settings["conditioners"]["description"]["t5"]["name"])

@@ -11,6 +11,7 @@ Deviation: AdamW as in the paper; the released recipe sets its step sizes by D-A
     torchrun --nproc-per-node 4 train.py --data toy --out runs/toy
 """
 
+import hashlib
 import importlib
 import math
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from masking import (
 )
 from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
-from support.data import load_data, world_entries
+from support.data import Entry, load_data
 from support.files import Companions, fingerprint, load_strictly, read_checkpoint
 from support.training import Processes, Run, unwrapped
 from t5_encoder import T5Encoder
@@ -314,15 +315,23 @@ def new_model(config, codec, encoder):
         span_len=config.span_len, seconds=config.seconds, dropout=config.dropout, objective=config.objective))
 
 
+def world_entries(world, n_clips, split, seconds):
+    """Entries of a synthesised data set; the key holds a hash of its source, so that a changed world is encoded anew."""
+    version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()
+    return [Entry(f"{split} {i}", f"{version}-{split}-0-{i}",
+                  lambda tell, i=i: iter([world.example(i, split, 0, seconds)[0]]), world.describe(i, split, 0)[1])
+            for i in range(n_clips)]
+
+
 def load_clips(config, flags, codec, encoder, device):
     """The training and validation `Clips`, encoded into the cache where they are not there yet."""
-    worlds = None
+    entries = None
     if config.data in WORLDS:
         world, n_valid = importlib.import_module(WORLDS[config.data]), max(1, config.toy_clips // 20)
-        worlds = [world_entries(world, n, split, config.seconds) for n, split in
-                  ((config.toy_clips, "train"), (n_valid, "valid"))]
+        entries = [world_entries(world, n, split, config.seconds) for n, split in
+                   ((config.toy_clips, "train"), (n_valid, "valid"))]
     return load_data(config.data, codec, encoder, config.seconds, flags.cache, config.audio_key, config.caption_key,
-                     device, worlds)
+                     device=device, entries=entries)
 
 
 def main():

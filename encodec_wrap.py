@@ -1,30 +1,26 @@
-"""EnCodec as a codec object, and audio files in and out [Sec. 2].
+"""EnCodec as a codec object [Sec. 2]: audio to K parallel streams of discrete codes, and back.
 
-A codec turns audio into K parallel streams of discrete codes and back. The network is the `encodec` package's own
-(SEANet encoder and decoder around a residual vector quantizer); this module only gives it one plain interface and
-reads weights: the package's public 24 kHz model, the codecs of the published MAGNeT models (32 kHz in the layout of
-Hugging Face, 16 kHz in AudioCraft's), and our own, such as the toy world's. It leaves out what MAGNeT has no use for:
-bandwidths, loudness scaling, streaming.
+The network is the `encodec` package's own (SEANet encoder and decoder around a residual vector quantizer); this module
+gives it one plain interface, works on long audio piece by piece, and reads weights as they are published: the package's
+24 kHz model, the codecs of the published MAGNeT models (32 kHz in Hugging Face's layout, 16 kHz in AudioCraft's), and
+our own, such as the toy world's. Left out is what MAGNeT has no use for: bandwidths, loudness scaling, streaming.
+
+Letters: B batch, K codebooks, T frames, S samples = T * hop length, C width of a latent.
 """
 
-import http.client
 import importlib
-import json
-import os
-import re
 import sys
 import types
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import soundfile
-import soxr
 import torch
 from torch import nn
 
-import hub
+from support.cli import Config, option
+from support.files import check_tensors, load_strictly, read_checkpoint, read_tensors, save_whole
+from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, present, read_json, read_yaml, rename
 
 
 def import_encodec():
@@ -50,282 +46,193 @@ encodec = import_encodec()
 warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)  # the package's kind of it
 
 TOY_CODEC = Path(__file__).parent / "toy" / "weights" / "codec.pt"
+REPOSITORY = "facebook/encodec_32khz"  # the codec of the published music models
+CODEC_FILE = "compression_state_dict.bin"  # of a published model's folder: its codec, or a pointer to REPOSITORY
+PIECE, CONTEXT = 512, 16  # frames worked on at once, and frames on each side of them that are thrown away again
+TENSOR_NAMES = (  # ours, which are the package's -> Hugging Face's, see `support.hub.rename`
+    ("coder.model.", "coder.layers."), (".convtr.convtr.", ".conv."), (".conv.conv.", ".conv."),
+    ("quantizer.vq.layers.", "quantizer.layers."), ("._codebook.", ".codebook."),
+)
+NEWER_NAMES = (("parametrizations.weight.original0", "weight_g"), ("parametrizations.weight.original1", "weight_v"))
 
 
-@dataclass
-class CodecConfig:
-    """The shape of an EnCodec: `sample_rate` in Hz; `ratios` are the decoder's strides, their product the hop."""
+@dataclass(frozen=True)
+class CodecConfig(Config):
+    """The shape of an EnCodec; the product of `ratios` is its hop length."""
 
-    sample_rate: int = 16_000
-    ratios: tuple[int, ...] = (8, 5, 4, 2)
-    n_codebooks: int = 4
-    codebook_size: int = 256  # a power of two
-    dimension: int = 64
-    n_filters: int = 12
-    lstm: int = 0
-    causal: bool = False
-    true_skip: bool = True
-    pad_mode: str = "reflect"
+    sample_rate: int = option(16_000, "samples per second", low=1000, high=384_000)
+    ratios: tuple[int, ...] = option((8, 5, 4, 2), "the decoder's strides", low=2, high=16)
+    n_codebooks: int = option(4, "codebooks K", low=1, high=64)
+    codebook_size: int = option(256, "entries in each", choices=tuple(2**n for n in range(1, 15)))
+    dimension: int = option(64, "width C of a latent", low=1, high=1024)
+    n_filters: int = option(12, "width next to the audio; each stride doubles it", low=1, high=1024)
+    lstm: int = option(0, "LSTM layers at the frame rate", low=0, high=4)
+    causal: bool = option(False, "no look ahead")
+    true_skip: bool = option(True, "residual blocks without a convolution in their shortcut")
+    pad_mode: str = option("reflect", "what stands beyond the edges", choices=("reflect", "constant", "replicate"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_filters * 2 ** len(self.ratios) > 4096:  # 1024 in the published ones
+            raise ValueError(f"n_filters {self.n_filters}, doubled {len(self.ratios)} times, is above 4,096")
+
+
+CODEC_24KHZ = CodecConfig(24_000, (8, 5, 4, 2), n_codebooks=32, codebook_size=1024, dimension=128, n_filters=32,
+                          lstm=2, causal=True, true_skip=False)
 
 
 class Codec(nn.Module):
-    """An EnCodec with one plain interface: `encode`, `decode`, and four facts about itself.
+    """An EnCodec with one plain interface: `encode`, `decode`, and facts about itself. New ones have random weights.
 
-    `sample_rate` in Hz, `frame_rate` in frames per second, `n_codebooks` (K) and `codebook_size` entries in each.
+    `sample_rate` in Hz, `hop_length` in samples per frame, `frame_rate` in frames per second, `n_codebooks` (K: the
+    first ones of those in `config`), `codebook_size` entries in each.
     """
 
-    config = None  # a `CodecConfig`, but for the package's own 24 kHz model
-
-    def __init__(self, model, n_codebooks=None):
+    def __init__(self, config, n_codebooks=None):
         super().__init__()
-        available = model.quantizer.n_q
-        if n_codebooks is not None and not 1 <= n_codebooks <= available:
-            raise ValueError(f"n_codebooks must be between 1 and {available} for this codec, not {n_codebooks}")
-        self.model = model
-        self.n_codebooks = n_codebooks or available
-        self.codebook_size = model.quantizer.bins
-        self.sample_rate = model.sample_rate
-        self.hop_length = int(model.encoder.hop_length)
-        self.frame_rate = self.sample_rate / self.hop_length
-
-    @classmethod
-    def from_config(cls, config):
-        """A codec of the given `CodecConfig` with random weights."""
+        if n_codebooks is not None and not 1 <= n_codebooks <= config.n_codebooks:
+            raise ValueError(f"n_codebooks must be 1 to {config.n_codebooks} for this codec, not {n_codebooks}")
         shape = dict(channels=1, dimension=config.dimension, n_filters=config.n_filters, ratios=list(config.ratios),
                      causal=config.causal, true_skip=config.true_skip, lstm=config.lstm, pad_mode=config.pad_mode)
         quantizer = encodec.model.qt.ResidualVectorQuantizer(
             dimension=config.dimension, n_q=config.n_codebooks, bins=config.codebook_size)
-        codec = cls(encodec.EncodecModel(
+        self.model = encodec.EncodecModel(
             encodec.modules.SEANetEncoder(**shape), encodec.modules.SEANetDecoder(**shape), quantizer,
-            target_bandwidths=[], sample_rate=config.sample_rate, channels=1))
-        codec.config = config
-        return codec
+            target_bandwidths=[], sample_rate=config.sample_rate, channels=1)
+        self.config = config
+        self.n_codebooks = n_codebooks or config.n_codebooks
+        self.codebook_size = config.codebook_size
+        self.sample_rate = config.sample_rate
+        self.hop_length = int(self.model.encoder.hop_length)
+        self.frame_rate = self.sample_rate / self.hop_length
 
     @torch.inference_mode()
     def encode(self, wav):
         """Audio (B, 1, S) at `sample_rate` -> codes (B, K, T) long, T = ceil(S / hop length)."""
         if wav.dim() != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
             raise ValueError(f"encode wants audio of shape (B, 1, S) with S > 0, not {tuple(wav.shape)}")
-        latents = self.model.encoder(wav)  # (B, D, T)
+        layers = self.model.encoder.model
+        split = len(layers) - (3 if self.config.lstm else 2)
+        latents = layers[split:](self.in_pieces(layers[:split], wav, self.hop_length, 1))  # (B, C, T)
         return self.model.quantizer.vq.encode(latents, n_q=self.n_codebooks).transpose(0, 1)  # (B, K, T)
 
     @torch.inference_mode()
     def decode(self, codes):
         """Codes (B, K, T) -> audio (B, 1, T * hop length)."""
-        if codes.dim() != 3 or codes.shape[1] > self.model.quantizer.n_q or codes.shape[2] == 0:
+        if codes.dim() != 3 or not 1 <= codes.shape[1] <= self.config.n_codebooks or codes.shape[2] == 0:
             raise ValueError(f"decode wants codes (B, {self.n_codebooks}, T) with T > 0, not {tuple(codes.shape)}")
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise ValueError(f"decode wants codes below {self.codebook_size}; these hold {codes.min()}..{codes.max()}")
-        return self.model.decoder(self.model.quantizer.vq.decode(codes.transpose(0, 1)))  # (B, 1, S)
+        layers = self.model.decoder.model
+        split = 2 if self.config.lstm else 1
+        latents = layers[:split](self.model.quantizer.vq.decode(codes.transpose(0, 1)))  # (B, C, T)
+        return self.in_pieces(layers[split:], latents, 1, self.hop_length)  # (B, 1, S)
+
+    def in_pieces(self, layers, x, step, made):
+        """`layers` on x (B, ..., T * step) -> (B, ..., T * made), PIECE frames at a time, so that memory is bounded.
+
+        The layers between samples and frames are convolutions that reach less than CONTEXT frames to either side: the
+        result is that of the whole but for rounding. The LSTM, which has no such bound, is not among them; it and the
+        convolution beside it run at the frame rate, where hours are small.
+        """
+        frames, pieces = -(-x.shape[-1] // step), []
+        for start in range(0, frames, PIECE):
+            first = max(0, start - CONTEXT)
+            y = layers(x[..., first * step:(start + PIECE + CONTEXT) * step])
+            pieces.append(y[..., (start - first) * made:(start - first + PIECE) * made])
+        return torch.cat(pieces, dim=-1)
 
     def save(self, path, extra=None):
-        """Write settings and weights (in half precision) into one file, atomically."""
+        """Write config and weights (in half precision) into one file, whole or not at all."""
         weights = {name: tensor.half() for name, tensor in self.model.state_dict().items()}
-        content = {"codec": asdict(self.config), "weights": weights, **(extra or {})}
-        temporary = Path(f"{path}.tmp")
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        save_whole({"codec": asdict(self.config), "weights": weights, **(extra or {})}, path)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
 def load_codec(name_or_path, n_codebooks=None, device="cpu"):
-    """Load a codec: "toy", "encodec_24khz", "facebook/encodec_32khz", or a local one.
+    """Load a codec in eval mode, without gradients: "toy", "encodec_24khz", "facebook/encodec_32khz", or a local one.
 
     A local codec is a file written by `Codec.save`, a folder in the layout of Hugging Face (or its weights alone), or
     AudioCraft's compression_state_dict.bin (or its folder). `n_codebooks` keeps only the first K codebooks (the 24 kHz
-    model has up to 32; 4 by default). Public weights are downloaded once. Raises ValueError for an unknown name and a
-    file that is not a codec, ConnectionError where a download failed.
+    model has up to 32; 4 by default). Public weights are downloaded once. ValueError: an unknown name, a file that is
+    not a codec or does not fit; ConnectionError: a download failed. Each names the file.
     """
-    path = TOY_CODEC if name_or_path == "toy" else Path(name_or_path)
-    if name_or_path == "encodec_24khz":
-        codec, n_codebooks = read_24khz(), n_codebooks or 4
-    elif not path.exists() and str(name_or_path) == hub.CODEC:
-        hub.fetch({hub.CODEC: hub.CODEC_FILES})
-        codec = read_codec(hub.cache_folder(hub.CODEC))
+    name, path = str(name_or_path), TOY_CODEC if name_or_path == "toy" else Path(name_or_path)
+    if name == "encodec_24khz" and not path.exists():
+        path = fetch_url(f"{encodec.model.ROOT_URL}encodec_24khz-d7cc33bc.th", "d7cc33bc")
+        config, state, n_codebooks = CODEC_24KHZ, read_tensors(path), n_codebooks or 4
     else:
-        codec = read_codec(path)
-    kept = Codec(codec.model, n_codebooks)
-    kept.config = codec.config
-    return kept.to(device).eval().requires_grad_(False)
-
-
-def read_24khz():
-    """The public 24 kHz model, from torch's hub folder or the network."""
-    name = "encodec_24khz-d7cc33bc.th"  # with the beginning of its sha256
-    url, path = encodec.model.ROOT_URL + name, Path(torch.hub.get_dir(), "checkpoints", name)
-    try:
-        if not path.is_file():
-            hub.download(url, path, sha256="d7cc33bc")
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(
-            f"download failed ({error}); try again, or fetch by hand {url} into {path.parent}") from error
-    codec = Codec(encodec.EncodecModel.encodec_model_24khz(pretrained=False))
-    fill(codec, hub.read_state_dict(path), path)
-    return codec
+        path = path if path.exists() or name != REPOSITORY else fetch(REPOSITORY, WEIGHTS, "config.json")
+        config, state, path = read_codec(path)
+    codec = Codec(config, n_codebooks)
+    theirs = {rename(name, TENSOR_NAMES): name for name in codec.model.state_dict()}
+    state = {rename(name, NEWER_NAMES): tensor for name, tensor in check_tensors(state, path).items()}
+    load_strictly(codec.model, {theirs.get(name, name): tensor for name, tensor in state.items()}, path)
+    return codec.to(device).eval().requires_grad_(False)
 
 
 def read_codec(path):
-    """The codec in a local file or folder, of any of the layouts that `load_codec` names."""
-    pointer = path / hub.MODEL_FILES[1]
-    path = path if not path.is_dir() else pointer if pointer.is_file() else hub.weights_file(path)
-    if not path.is_file():
-        raise ValueError(f"unknown codec {str(path)!r}: want toy, encodec_24khz, {hub.CODEC}, or a codec's file or "
-                         f"folder (with {' or '.join(hub.WEIGHTS)})")
-    if path.suffix == ".safetensors":
-        return read_hugging_face(hub.read_safetensors(path), path)
-    try:
-        content = hub.read_torch(path)
-    except Exception as error:  # torch.load has no one type for "not such a file"
-        raise ValueError(f"{path} is not a codec file: it is damaged or something else") from error
+    """The codec in a local file or folder, of any layout -> (`CodecConfig`, tensors under our names, their file)."""
+    file = present(path, f"{CODEC_FILE}|{WEIGHTS}") if path.is_dir() else path
+    if file is None or not file.is_file():
+        raise ValueError(f"codec {str(path)!r} is unknown: want toy, encodec_24khz, {REPOSITORY}, or a codec's file "
+                         f"or folder (with {CODEC_FILE} or {' or '.join(WEIGHTS.split('|')[::2])})")
+    if file.suffix in (".safetensors", ".json"):
+        return *read_hugging_face(read_tensors(file), file), file
+    content = read_checkpoint(file)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a codec file: it holds a {type(content).__name__}")
-    if "pretrained" in content:
-        return read_pointed(content["pretrained"], path)
-    read = read_audiocraft if "best_state" in content else read_own if "codec" in content else read_hugging_face
-    return read(content, path)
+        raise ValueError(f"{file}: is not a codec file; it holds a {type(content).__name__}")
+    if "pretrained" in content:  # AudioCraft's music models name the codec of another repository
+        if content["pretrained"] != REPOSITORY:
+            raise ValueError(f"{file}: points to the codec {content['pretrained']!r:.80}; only {REPOSITORY} is known")
+        found = Path(beside(file.parent, REPOSITORY))
+        return read_codec(found if found.is_dir() else fetch(REPOSITORY, WEIGHTS, "config.json"))
+    if "codec" in content:
+        return make_config(CodecConfig, content["codec"], file), content.get("weights"), file
+    return *(read_audiocraft if "best_state" in content else read_hugging_face)(content, file), file
 
 
-def read_pointed(name, path):
-    """The codec of another repository, which AudioCraft's music models name in place of one of their own."""
-    if name != hub.CODEC:
-        raise ValueError(f"{path} points to the codec {name!r}; only {hub.CODEC} is known")
-    found = Path(hub.beside(path.parent, hub.CODEC))
-    return read_codec(hub.weights_file(found)) if found.is_dir() else load_codec(hub.CODEC)
-
-
-def fill(codec, state, path):
-    """Copy weights into a codec, strictly; weight norm may have the spelling of newer versions of torch."""
-    state = hub.check_tensors(state, path)
-    hub.load_strictly(codec.model, {old_spelling(name): tensor for name, tensor in state.items()}, path)
-
-
-def old_spelling(name):
-    """conv.parametrizations.weight.original0 -> conv.weight_g, original1 -> weight_v; other names stay."""
-    return name.replace("parametrizations.weight.original0", "weight_g").replace(
-        "parametrizations.weight.original1", "weight_v")
-
-
-def new_codec(path, settings):
-    """A codec of random weights with the shape `settings` describe: a function that gives `CodecConfig`'s fields."""
-    try:
-        return Codec.from_config(CodecConfig(**settings()))
-    except Exception as error:  # settings can be wrong in many ways
-        raise ValueError(f"{path} does not hold the settings of a codec ({type(error).__name__}: {error})") from error
-
-
-def read_own(content, path):
-    """A codec written by `Codec.save`."""
-    codec = new_codec(path, lambda: content["codec"])
-    fill(codec, content.get("weights"), path)
-    return codec
+def check_fixed(settings, fixed, path):
+    """ValueError, if published settings say another value than one that is built in here; what they lack passes."""
+    for name, value in fixed.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{path}: a codec with {name} {settings[name]!r:.80} is not supported (only {value!r})")
 
 
 def read_audiocraft(content, path):
-    """A codec in AudioCraft's layout: the tensors are named as in the `encodec` package, the settings are YAML."""
-    def settings():
-        yaml = hub.read_yaml(content["xp.cfg"])
-        if yaml.get("encodec.renormalize", "false") != "false":
-            raise ValueError("renormalize must be false")
-        return dict(
-            sample_rate=int(yaml["sample_rate"]), ratios=tuple(map(int, re.findall(r"\d+", yaml["seanet.ratios"]))),
-            n_codebooks=int(yaml["rvq.n_q"]), codebook_size=int(yaml["rvq.bins"]),
-            dimension=int(yaml["seanet.dimension"]), n_filters=int(yaml["seanet.n_filters"]),
-            lstm=int(yaml["seanet.lstm"]), causal=yaml["seanet.causal"] == "true",
-            true_skip=yaml["seanet.true_skip"] == "true", pad_mode=yaml["seanet.pad_mode"])
-
-    codec = new_codec(path, settings)
-    fill(codec, content["best_state"], path)
-    return codec
-
-
-HUGGING_FACE_NAMES = (  # the encodec package's name -> that of Hugging Face
-    ("coder.model.", "coder.layers."), (".convtr.convtr.", ".conv."), (".conv.conv.", ".conv."),
-    ("quantizer.vq.layers.", "quantizer.layers."), ("._codebook.", ".codebook."),
-)
+    """AudioCraft's layout: our names, the settings as YAML -> (`CodecConfig`, tensors)."""
+    settings = read_yaml(content.get("xp.cfg"), path)
+    check_fixed(settings, {
+        "channels": 1, "compression_model": "encodec", "encodec.autoencoder": "seanet", "encodec.quantizer": "rvq",
+        "encodec.renormalize": False, "seanet.n_residual_layers": 1, "seanet.activation": "ELU",
+        "seanet.activation_params.alpha": 1, "seanet.norm": "weight_norm", "seanet.kernel_size": 7,
+        "seanet.residual_kernel_size": 3, "seanet.last_kernel_size": 7, "seanet.dilation_base": 2,
+        "seanet.compress": 2, "seanet.disable_norm_outer_blocks": 0, "seanet.decoder.trim_right_ratio": 1,
+        "seanet.decoder.final_activation": None}, path)
+    names = {"sample_rate": "sample_rate", "rvq.n_q": "n_codebooks", "rvq.bins": "codebook_size"} | {
+        f"seanet.{field}": field for field in (
+            "dimension", "n_filters", "ratios", "lstm", "causal", "true_skip", "pad_mode")}
+    if lacking := sorted(names.keys() - settings.keys()):
+        raise ValueError(f"{path}: its settings are not those of a codec; {lacking[0]} is missing")
+    return make_config(CodecConfig, {names[name]: settings[name] for name in names}, path), content["best_state"]
 
 
 def read_hugging_face(tensors, path):
-    """A codec in the layout of Hugging Face; without a config.json beside it, one built like facebook/encodec_32khz."""
-    def settings():
-        config, path_of_config = {}, path.with_name("config.json")
-        if path_of_config.is_file():
-            config = json.loads(path_of_config.read_text(encoding="utf-8"))
-        if config.get("normalize"):
-            raise ValueError("normalize must be false")
-        codebook, layers = tensors["quantizer.layers.0.codebook.embed"], "quantizer.layers."
-        return dict(
-            sample_rate=config.get("sampling_rate", 32_000),
-            ratios=tuple(config.get("upsampling_ratios", (8, 5, 4, 4))),
-            n_codebooks=len({name.split(".")[2] for name in tensors if name.startswith(layers)}),
-            codebook_size=len(codebook), dimension=codebook.shape[1],
-            n_filters=len(tensors["encoder.layers.0.conv.bias"]), lstm=config.get("num_lstm_layers", 2),
-            causal=config.get("use_causal_conv", False), true_skip=not config.get("use_conv_shortcut", False),
-            pad_mode=config.get("pad_mode", "reflect"))
-
-    codec = new_codec(path, settings)
-    ours = {hugging_face_name(name): name for name in codec.model.state_dict()}
-    fill(codec, {ours.get(old_spelling(name), name): tensor for name, tensor in tensors.items()}, path)
-    return codec
-
-
-def hugging_face_name(name):
-    """encoder.model.0.conv.conv.bias -> encoder.layers.0.conv.bias, and so on."""
-    for mine, theirs in HUGGING_FACE_NAMES:
-        name = name.replace(mine, theirs)
-    return name
-
-
-# ---------------------------------------------------------------------------------------------------------- audio files
-
-def load_audio(path, sample_rate):
-    """Read an audio file of any rate and channel count -> (1, S) float32 tensor, mono, at `sample_rate` Hz.
-
-    Raises ValueError naming the file when it is missing, not audio, empty, or holds numbers that are not finite.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such audio file")
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, channels)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read as audio (want WAV, FLAC, OGG, MP3 or AIFF)") from error
-    mono = samples.mean(axis=1)
-    if len(mono):
-        mono = soxr.resample(mono, rate, sample_rate)
-    if not len(mono):
-        raise ValueError(f"{path}: holds no audio samples")
-    if not np.isfinite(mono).all():
-        raise ValueError(f"{path}: holds samples that are not finite numbers")
-    return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))[None]
-
-
-def check_audio_path(path):
-    """The format that a file name asks for ("WAV", ...); ValueError if audio cannot be written under this name."""
-    format = Path(path).suffix[1:].upper()
-    if format not in ("WAV", "FLAC", "OGG"):
-        raise ValueError(f"{path}: the name of an audio file must end in .wav, .flac or .ogg")
-    return format
-
-
-def save_audio(path, wav, sample_rate):
-    """Write audio (1, S) or (S,); the suffix names the format: .wav and .flac (16-bit PCM), .ogg (Vorbis).
-
-    Peaks beyond full scale are turned down, never clipped. The file appears whole or not at all.
-    """
-    path, format = Path(path), check_audio_path(path)
-    samples = torch.as_tensor(wav).detach().float().cpu().reshape(-1).numpy()
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: refusing to write samples that are not finite numbers")
-    peak = np.abs(samples).max(initial=0.0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with soundfile.SoundFile(temporary, "w", sample_rate, channels=1, format=format) as file:
-            for start in range(0, len(samples), 65_536):  # in blocks: libsndfile's OGG writer crashes on long ones
-                file.write(samples[start:start + 65_536] / max(1.0, peak / 0.999))
-        os.replace(temporary, path)
-    except soundfile.LibsndfileError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Hugging Face's layout, the settings in config.json; without it those of the 32 kHz codec -> (config, tensors)."""
+    codebook, bias = tensors.get("quantizer.layers.0.codebook.embed"), tensors.get("encoder.layers.0.conv.bias")
+    if getattr(codebook, "ndim", 0) != 2 or getattr(bias, "ndim", 0) != 1:
+        raise ValueError(f"{path}: is not a codec; it lacks the tensors of an EnCodec")
+    config_path = path.with_name("config.json")
+    settings = read_json(config_path) if config_path.is_file() else {}
+    check_fixed(settings, {
+        "normalize": False, "audio_channels": 1, "norm_type": "weight_norm", "num_residual_layers": 1,
+        "kernel_size": 7, "last_kernel_size": 7, "residual_kernel_size": 3, "dilation_growth_rate": 2,
+        "compress": 2, "trim_right_ratio": 1}, config_path)
+    return make_config(CodecConfig, {
+        "sample_rate": settings.get("sampling_rate", 32_000), "ratios": settings.get("upsampling_ratios", (8, 5, 4, 4)),
+        "n_codebooks": len({name.split(".")[2] for name in tensors if name.startswith("quantizer.layers.")}),
+        "codebook_size": len(codebook), "dimension": codebook.shape[1], "n_filters": len(bias),
+        "lstm": settings.get("num_lstm_layers", 2), "causal": settings.get("use_causal_conv", False),
+        "true_skip": not settings.get("use_conv_shortcut", False), "pad_mode": settings.get("pad_mode", "reflect"),
+    }, config_path if settings else path), tensors

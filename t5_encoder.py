@@ -1,24 +1,21 @@
 """A T5 text encoder, written out: captions in, one embedding per text token out.
 
 [Sec. 2] MAGNeT is conditioned on text through a frozen, pre-trained T5 encoder (Raffel et al., 2020, "Exploring the
-Limits of Transfer Learning"); the transformer cross-attends to its output. `T5Encoder.from_pretrained("t5-base")`
-is what the published MAGNeT models expect; v1.0 (ReLU) and v1.1 / Flan (gated GELU) are both here.
+Limits of Transfer Learning"); the transformer cross-attends to its output. The published music models use t5-base, the
+sound-effect models t5-large; v1.0 (ReLU) and v1.1 / Flan (gated GELU) are both here.
 
     encoder = T5Encoder.from_pretrained("t5-base")
-    embeddings, mask = encoder.encode_text(["80s electronic track", ""])  # (2, N, 768), (2, N)
+    embeddings, mask = encoder.encode_text(["80s electronic track", ""])  # (2, L, 768), (2, L)
 
-What sets T5 apart from the transformer of 2017: no position embeddings but a learned bias on attention scores that
+What sets T5 apart from the transformer of 2017: no position embeddings but a learned bias on the attention scores that
 depends on the distance alone; RMSNorm before each sub-layer; no bias terms; attention scores that are not scaled.
 
-Left out: the decoder, the language-model head, dropout (the encoder is frozen in use), special tokens spelled out in
-a caption ("</s>" is read as plain text), and caption clean-up.
+Letters: B batch, L text tokens, C width, H heads, D width of a head. Left out: the decoder, the language-model head and
+dropout (the encoder is frozen in use).
 """
 
-import io
-import json
 import math
-import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -26,42 +23,41 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import hub
+from support.cli import Config, option
+from support.files import load_strictly, read_tensors
+from support.hub import WEIGHTS, fetch, make_config, present, read_json, rename
 
 TOY_ENCODER = Path(__file__).parent / "toy" / "weights" / "text"
-WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "pytorch_model.bin", "config.json", "spiece.model"
+CONFIG, TOKENIZER = "config.json", "spiece.model"  # the files of an encoder's folder, beside its weights
 PAD_ID, EOS_ID, MAX_TOKENS = 0, 1, 512
+REPOSITORIES = {name: f"{'google' if name.startswith('flan') else 'google-t5'}/{name}" for name in (
+    "t5-small", "t5-base", "t5-large", "flan-t5-small", "flan-t5-base", "flan-t5-large")}
+TENSOR_NAMES = (  # ours -> published, see `support.hub.rename`
+    ("embed.", "shared."),
+    ("relative_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
+    ("blocks.", "encoder.block."),
+    (".attention.", ".layer.0.SelfAttention."),
+    (".attention_norm.", ".layer.0.layer_norm."),
+    (".feed_forward.", ".layer.1.DenseReluDense."),
+    (".feed_forward_norm.", ".layer.1.layer_norm."),
+    ("final_norm.", "encoder.final_layer_norm."),
+)
 
 
 @dataclass(frozen=True)
-class T5Config:
-    """Sizes of an encoder, under the names that published `config.json` files use."""
+class T5Config(Config):
+    """The shape of an encoder, under the names that published `config.json` files use."""
 
-    vocab_size: int
-    d_model: int  # width of the residual stream
-    d_kv: int  # width of one head; num_heads * d_kv need not equal d_model
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"  # or "gated-gelu"
-
-    def __post_init__(self):
-        if min(self.vocab_size, self.d_model, self.d_kv, self.d_ff, self.num_layers, self.num_heads) < 1:
-            raise ValueError(f"sizes must be positive: {self}")
-        if not 4 <= self.relative_attention_num_buckets < 4 * self.relative_attention_max_distance:
-            raise ValueError("relative_attention_num_buckets must be at least 4 and below 4 * max_distance")
-        if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj must be 'relu' or 'gated-gelu', got {self.feed_forward_proj!r}")
-
-
-PUBLISHED = {
-    "t5-small": T5Config(32128, 512, 64, 2048, 6, 8),
-    "t5-base": T5Config(32128, 768, 64, 3072, 12, 12),
-    "google/flan-t5-small": T5Config(32128, 512, 64, 1024, 8, 6, feed_forward_proj="gated-gelu"),
-}
+    vocab_size: int = option(help="entries of the embedding table", low=2, high=1_000_000)
+    d_model: int = option(help="width C of the residual stream", low=1, high=16_384)
+    d_kv: int = option(help="width D of one head; H * D need not equal C", low=1, high=1024)
+    d_ff: int = option(help="width inside the feed-forward", low=1, high=131_072)
+    num_layers: int = option(help="blocks", low=1, high=128)
+    num_heads: int = option(help="heads H", low=1, high=256)
+    relative_attention_num_buckets: int = option(32, "distances told apart", low=4, high=128)
+    relative_attention_max_distance: int = option(128, "from where on distances are one", low=64, high=1_000_000)
+    layer_norm_epsilon: float = option(1e-6, "added to the mean square", above=0, high=1)
+    feed_forward_proj: str = option("relu", "kind of feed-forward", choices=("relu", "gated-gelu"))
 
 
 def relative_buckets(distance, num_buckets=32, max_distance=128):
@@ -69,9 +65,11 @@ def relative_buckets(distance, num_buckets=32, max_distance=128):
 
     Half of the buckets serve keys at or before the query, half those after it. In each half, the first half holds one
     distance each, the others grow logarithmically up to `max_distance`, and everything farther falls in the last.
-    With 32 buckets: -3 -> 3, 0 -> 0, 3 -> 19, -1000 -> 15.
 
     distance: any shape, long. Returns the same shape, long, in [0, num_buckets).
+
+    >>> relative_buckets(torch.tensor([-1000, -20, -3, 0, 3, 20, 1000])).tolist()
+    [15, 10, 3, 0, 19, 26, 31]
     """
     half = num_buckets // 2
     exact = half // 2
@@ -81,22 +79,8 @@ def relative_buckets(distance, num_buckets=32, max_distance=128):
     return torch.where(far < exact, far, coarse) + half * (distance > 0).long()
 
 
-class Linear(nn.Module):
-    """y = W x, in float32 whatever type W is stored in.
-
-    T5's feed-forward passes fp16's largest number (65504): a half-precision encoder saves memory, not arithmetic.
-    """
-
-    def __init__(self, d_in, d_out, std=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(d_out, d_in) * (std or d_in**-0.5))
-
-    def forward(self, x):
-        return F.linear(x, self.weight.float())  # (..., d_in) -> (..., d_out)
-
-
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over the width: no mean is subtracted, no bias added. x is float32."""
+    """(..., C) -> (..., C): divide by the root mean square over the width; no mean is subtracted, no bias added."""
 
     def __init__(self, width, epsilon):
         super().__init__()
@@ -104,40 +88,41 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
 
 
 class Attention(nn.Module):
-    """Self-attention with scores q . k + bias: the usual 1 / sqrt(d_kv) is folded into the init of q."""
+    """Self-attention with scores q . k + bias: the usual 1 / sqrt(D) is folded into the initial weights of q."""
 
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.num_heads = config.num_heads
-        self.q = Linear(config.d_model, inner, std=(config.d_model * config.d_kv) ** -0.5)
-        self.k = Linear(config.d_model, inner)
-        self.v = Linear(config.d_model, inner)
-        self.o = Linear(inner, config.d_model)
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
 
     def forward(self, x, bias):
-        q, k, v = self.q(x), self.k(x), self.v(x)  # (B, N, H * d_kv)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, N, d_kv)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, N, d_kv)
-        return self.o(y.transpose(1, 2).flatten(2))  # (B, N, D)
+        """x (B, L, C), bias (B, H, L, L) -> (B, L, C)."""
+        q, k, v = self.q(x), self.k(x), self.v(x)  # (B, L, H * D)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, L, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, L, D)
+        return self.o(y.transpose(1, 2).flatten(2))  # (B, L, C)
 
 
 class FeedForward(nn.Module):
-    """v1.0: wo(relu(wi(x))). v1.1 and Flan: wo(gelu(wi_0(x)) * wi_1(x)), with GELU's tanh approximation."""
+    """(B, L, C) -> (B, L, C). v1.0: wo(relu(wi(x))). v1.1: wo(gelu(wi_0(x)) * wi_1(x)), with GELU's tanh form."""
 
     def __init__(self, config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
         if self.gated:
-            self.wi_0 = Linear(config.d_model, config.d_ff)
-            self.wi_1 = Linear(config.d_model, config.d_ff)
+            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
         else:
-            self.wi = Linear(config.d_model, config.d_ff)
-        self.wo = Linear(config.d_ff, config.d_model)
+            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x):
         if self.gated:
@@ -146,6 +131,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """x += Attention(norm(x)); x += FeedForward(norm(x)). x is (B, L, C), bias (B, H, L, L)."""
+
     def __init__(self, config):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
@@ -159,216 +146,114 @@ class Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """[Sec. 2] The text encoder. New ones have T5's random init; `from_pretrained` reads weights.
+    """[Sec. 2] The text encoder. New ones have T5's random weights; `from_pretrained` reads trained ones.
 
-    `tokenizer` is a `Tokenizer` or None; `encode_text` needs it, `forward` does not.
+    `tokenizer` is T5's SentencePiece model or None; `encode_text` needs it, `forward` does not. ValueError: the file
+    `tokenizer_path` is there and is no such model, or has more pieces than the encoder has embeddings.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, tokenizer_path=None):
         super().__init__()
         self.config = config
-        self.tokenizer = None
-        self.tokenizer_path = Path(TOKENIZER_FILE)  # where it was looked for: named if it is needed and missing
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
-        nn.init.normal_(self.relative_bias.weight, std=config.d_model**-0.5)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-
-    def attention_bias(self, attention_mask):
-        """What is added to the scores of every block: attention_mask (B, N), True = may be seen -> (B, H, N, N)."""
-        # On the CPU, since the logarithm may round differently elsewhere and so move a distance to the next bucket.
-        position = torch.arange(attention_mask.shape[1], device="cpu")
-        distance = position[None, :] - position[:, None]  # (N queries, N keys)
-        config = self.config
-        n, far = config.relative_attention_num_buckets, config.relative_attention_max_distance
-        bias = self.relative_bias(relative_buckets(distance, n, far).to(attention_mask.device)).float()  # (N, N, H)
-        # Finite, not -inf: a row with nothing to attend to then gives an average rather than NaN.
-        return bias.permute(2, 0, 1).masked_fill(~attention_mask[:, None, None, :], -1e9)
+        for name, weight in self.named_parameters():  # as T5 is initialised; the norms' weights stay 1
+            if name.endswith(".q.weight"):
+                nn.init.normal_(weight, std=(config.d_model * config.d_kv) ** -0.5)
+            elif "norm" not in name and name != "embed.weight":
+                nn.init.normal_(weight, std=(weight.shape[1] if "blocks" in name else config.d_model) ** -0.5)
+        self.tokenizer, self.tokenizer_path = None, Path(tokenizer_path or TOKENIZER)
+        if tokenizer_path and self.tokenizer_path.is_file():
+            try:
+                self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+            except (RuntimeError, OSError) as error:
+                raise ValueError(f"{tokenizer_path}: is not a SentencePiece model") from error
+            if (self.tokenizer.pad_id(), self.tokenizer.eos_id()) != (PAD_ID, EOS_ID):
+                raise ValueError(f"{tokenizer_path}: is not T5's: pad_id must be {PAD_ID}, eos_id {EOS_ID}")
+            if self.tokenizer.vocab_size() > config.vocab_size:
+                raise ValueError(f"{tokenizer_path}: has {self.tokenizer.vocab_size()} pieces, but the encoder has "
+                                 f"embeddings for {config.vocab_size} only")
 
     def forward(self, input_ids, attention_mask):
-        """Encode token ids (B, N) long; attention_mask (B, N) is True (or 1) at tokens, False at padding.
+        """Encode token ids (B, L) long; attention_mask (B, L) is True (or 1) at tokens, False at padding.
 
-        Returns (B, N, D) float32, whatever the type of the weights; zero at padding. Trains like any module.
+        Returns (B, L, C) float32, zero at padding. Trains like any module.
         """
         attention_mask = attention_mask.bool()
-        with torch.autocast(input_ids.device.type, enabled=False):  # float32 here too: see Linear
-            bias = self.attention_bias(attention_mask)  # (B, H, N, N)
-            x = self.embed(input_ids).float()  # (B, N, D)
+        # On the CPU, since the logarithm may round differently elsewhere and so move a distance to the next bucket.
+        position = torch.arange(input_ids.shape[1], device="cpu")
+        distance = position[None, :] - position[:, None]  # (L queries, L keys)
+        buckets = relative_buckets(distance, self.config.relative_attention_num_buckets,
+                                   self.config.relative_attention_max_distance).to(input_ids.device)
+        with torch.autocast(input_ids.device.type, enabled=False):  # large T5 models pass fp16's largest number
+            bias = self.relative_bias(buckets).permute(2, 0, 1)  # (H, L, L)
+            # Finite, not -inf: a row with nothing to attend to then gives an average rather than NaN.
+            bias = bias.masked_fill(~attention_mask[:, None, None, :], -1e9)  # (B, H, L, L)
+            x = self.embed(input_ids)  # (B, L, C)
             for block in self.blocks:
                 x = block(x, bias)
-            return self.final_norm(x).masked_fill(~attention_mask[..., None], 0.0)  # (B, N, D)
+            return self.final_norm(x).masked_fill(~attention_mask[..., None], 0.0)  # (B, L, C)
+
+    def tokenize(self, captions):
+        """A list of B captions -> input_ids (B, L) long and attention_mask (B, L) bool, True at tokens.
+
+        Each row is pieces, EOS, padding. The empty caption and None have a row of False; L >= 1 even so. TypeError if
+        `captions` are not strings, FileNotFoundError if the encoder came without its tokenizer.
+        Deviation: a text of more than 512 tokens is cut and ends in EOS; the released code does not cut it.
+        """
+        if isinstance(captions, str) or not all(isinstance(caption, (str, type(None))) for caption in captions):
+            raise TypeError(f"captions must be a list of strings, not {captions!r:.80}")
+        if self.tokenizer is None:
+            raise FileNotFoundError(f"{self.tokenizer_path}: is missing; T5's SentencePiece model must be there")
+        rows = [self.tokenizer.encode(caption or "")[:MAX_TOKENS - 1] + [EOS_ID] for caption in captions]
+        width = max(map(len, rows), default=1)
+        input_ids = torch.tensor([row + [PAD_ID] * (width - len(row)) for row in rows], dtype=torch.long)
+        lengths = torch.tensor([len(row) if caption else 0 for row, caption in zip(rows, captions, strict=True)],
+                               dtype=torch.long)
+        return input_ids.view(-1, width), torch.arange(width) < lengths[:, None]  # (B, L), (B, L)
 
     @torch.no_grad()
     def encode_text(self, captions):
-        """Captions (a list of B strings) -> embeddings (B, N, D) float32 and mask (B, N) bool, True at tokens.
+        """Captions (a list of B strings) -> embeddings (B, L, C) float32 and mask (B, L) bool, True at tokens.
 
-        An empty caption (or None, or white space) has a row of False and embeddings of zero: it is the unconditional
-        case. N >= 1 even so. A caption's result does not depend on the others in the batch, but for its padding.
-        FileNotFoundError if the encoder came without its tokenizer.
+        The empty caption (or None) is the null condition: a row of False, embeddings of zero. White space alone is not:
+        it conditions on EOS, as in the released code. A caption's result does not depend on the others in the batch,
+        but for its padding. FileNotFoundError if the encoder came without its tokenizer.
         """
-        if self.tokenizer is None:
-            raise FileNotFoundError(f"no tokenizer: {self.tokenizer_path} is missing; put T5's SentencePiece model "
-                                    "there or set encoder.tokenizer = Tokenizer(path)")
-        input_ids, mask = self.tokenizer(captions)
-        mask &= mask.sum(dim=1, keepdim=True) > 1  # a row that holds EOS alone has no text
-        device = self.embed.weight.device
-        mask = mask.to(device)
-        return self(input_ids.to(device), mask), mask
+        input_ids, mask = (tensor.to(self.embed.weight.device) for tensor in self.tokenize(captions))
+        return self(input_ids, mask), mask
 
     @classmethod
     def from_pretrained(cls, path_or_name):
         """Load an encoder, in float32 and on the CPU, with its tokenizer where there is one.
 
-        path_or_name: a folder with `model.safetensors` or `pytorch_model.bin` (and `spiece.model`, `config.json` if it
-        has them), a weight file, "toy", or a name in `PUBLISHED`, whose files are downloaded on first use. A local path
-        wins over these.
+        path_or_name: a folder with `config.json`, `model.safetensors` or `pytorch_model.bin` (or the index of their
+        parts) and `spiece.model`; a weight file in such a folder; "toy"; or a name of the family, with or without
+        "google-t5/" or "google/", whose files are downloaded on first use. A local path goes before these.
 
-        ValueError: unknown name, or a file that is corrupt or does not fit; FileNotFoundError: a folder without
-        weights; ConnectionError: a download failed. Each names the file.
+        ValueError: unknown name, or a file that is damaged or does not fit; FileNotFoundError: a folder that lacks a
+        file; ConnectionError: a download failed. Each names the file.
         """
-        name, config = str(path_or_name), None
-        path = TOY_ENCODER if name == "toy" else Path(name)
+        name = str(path_or_name)
+        path, repository = TOY_ENCODER if name == "toy" else Path(name), REPOSITORIES.get(name.split("/")[-1])
         if not path.exists():
-            if name not in PUBLISHED:
-                raise ValueError(f"text encoder {name!r} is neither a local path nor toy, {', '.join(PUBLISHED)}")
-            repository, config = hub.T5_REPOSITORIES.get(name, name), PUBLISHED[name]
-            hub.fetch({repository: hub.T5_FILES})
-            path = hub.cache_folder(repository)
-        weights = hub.weights_file(path) if path.is_dir() else path
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights} is missing: a text encoder's folder must hold it (or {hub.WEIGHTS[0]})")
-        if config is None and (weights.parent / CONFIG_FILE).is_file():
-            config = read_config(weights.parent / CONFIG_FILE)
-        encoder = cls.from_state_dict(hub.read_state_dict(weights), config, source=str(weights))
-        encoder.tokenizer_path = weights.parent / TOKENIZER_FILE
-        if encoder.tokenizer_path.is_file():
-            encoder.tokenizer = Tokenizer(encoder.tokenizer_path)
-            if encoder.tokenizer.vocab_size > encoder.config.vocab_size:
-                raise ValueError(f"{encoder.tokenizer_path} has {encoder.tokenizer.vocab_size} pieces, "
-                                 f"but {weights} has embeddings for {encoder.config.vocab_size} only")
-        return encoder
-
-    @classmethod
-    def from_state_dict(cls, state_dict, config=None, source="state dict"):
-        """Build an encoder from tensors under their published names; float32, config inferred where None.
-
-        Decoder and language-model head are ignored; an encoder tensor that is missing, misshapen or one too many is a
-        ValueError that names it and `source`.
-        """
-        tensors = {name: t for name, t in state_dict.items() if name.startswith(("shared.", "encoder."))}
-        same = tensors.pop("encoder.embed_tokens.weight", None)  # shared.weight once more; one of them may be left out
+            if repository is None or name not in (repository, repository.split("/")[-1]):
+                raise ValueError(f"text encoder {name!r} is neither a local path nor toy, {', '.join(REPOSITORIES)}")
+            path = fetch(repository, WEIGHTS, CONFIG, TOKENIZER)
+        folder, weights = (path, present(path, WEIGHTS)) if path.is_dir() else (path.parent, path)
+        if weights is None or not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{folder}: a text encoder's folder must hold {CONFIG} and "
+                                    f"{' or '.join(WEIGHTS.split('|')[::2])}")
+        state = {name: tensor for name, tensor in read_tensors(weights).items()
+                 if name.startswith(("shared.", "encoder."))}  # the decoder and the language-model head are not used
+        same = state.pop("encoder.embed_tokens.weight", None)  # shared.weight once more; one of them may be left out
         if same is not None:
-            tensors.setdefault("shared.weight", same)
-        config = config or infer_config(tensors, source)
+            state.setdefault("shared.weight", same)
         with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
-            encoder = cls(config)
-        weights = {}
-        for name, parameter in encoder.named_parameters():
-            tensor = tensors.pop(published_name(name), None)
-            if tensor is None:
-                raise ValueError(f"{source}: tensor {published_name(name)} is missing")
-            if tensor.shape != parameter.shape or not tensor.is_floating_point():
-                raise ValueError(f"{source}: tensor {published_name(name)} is {tensor.dtype} {tuple(tensor.shape)}, "
-                                 f"expected floating point {tuple(parameter.shape)}")
-            weights[name] = tensor.float()
-        if tensors:
-            raise ValueError(f"{source}: tensor {min(tensors)} has no place in {config}")
-        encoder.load_state_dict(weights, assign=True)
+            encoder = cls(make_config(T5Config, read_json(folder / CONFIG), folder / CONFIG), folder / TOKENIZER)
+        ours = {rename(name, TENSOR_NAMES): name for name in encoder.state_dict()}
+        state = {ours.get(name, name): tensor for name, tensor in state.items()}
+        load_strictly(encoder, state, weights, torch.float32)
         return encoder
-
-    def save_pretrained(self, folder, dtype=torch.float32):
-        """Write a folder that `from_pretrained` reads; each file is complete or absent. dtype: of the tensors."""
-        weights = io.BytesIO()
-        torch.save({published_name(name): t.to("cpu", dtype) for name, t in self.state_dict().items()}, weights)
-        files = {CONFIG_FILE: json.dumps(asdict(self.config), indent=2).encode(), WEIGHTS_FILE: weights.getvalue()}
-        if self.tokenizer is not None:
-            files[TOKENIZER_FILE] = self.tokenizer.model.serialized_model_proto()
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            temporary = Path(folder, name + ".tmp")
-            temporary.write_bytes(content)
-            os.replace(temporary, Path(folder, name))
-
-
-class Tokenizer:
-    """Captions to token ids with a T5 SentencePiece model (pad 0, end of sequence 1)."""
-
-    def __init__(self, path):
-        """FileNotFoundError or ValueError, naming the file, where it is missing or is not such a model."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"tokenizer {path} is missing")
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model") from error
-        self.vocab_size = self.model.vocab_size()
-        if (self.model.pad_id(), self.model.eos_id()) != (PAD_ID, EOS_ID):
-            raise ValueError(f"{path} is not a T5 tokenizer: it must have pad_id {PAD_ID} and eos_id {EOS_ID}")
-
-    def __call__(self, captions):
-        """A list of B captions -> input_ids (B, N) long and attention_mask (B, N) bool, False at padding.
-
-        Each row is pieces, EOS, padding; a text of more than 512 tokens is cut and still ends in EOS. None is read as
-        the empty caption, which is EOS alone.
-        """
-        if isinstance(captions, str) or not all(isinstance(c, (str, type(None))) for c in captions):
-            raise TypeError(f"captions must be a list of strings, got {captions!r:.80}")
-        rows = []
-        for caption in captions:
-            # Half of a surrogate pair cannot be encoded and would be an error; NUL would be read as an unknown word.
-            text = (caption or "").replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
-            rows.append(self.model.encode(text)[: MAX_TOKENS - 1] + [EOS_ID])
-        width = max(map(len, rows), default=1)
-        input_ids = torch.tensor([row + [PAD_ID] * (width - len(row)) for row in rows], dtype=torch.long)
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-        return input_ids.view(-1, width), torch.arange(width) < lengths[:, None]  # (B, N), (B, N)
-
-
-def published_name(name):
-    """The name that published state dicts have for one of ours:
-
-    blocks.3.attention.q.weight -> encoder.block.3.layer.0.SelfAttention.q.weight
-    """
-    for ours, theirs in (
-        ("embed.", "shared."),
-        ("relative_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
-        ("blocks.", "encoder.block."),
-        (".attention.", ".layer.0.SelfAttention."),
-        (".attention_norm.", ".layer.0.layer_norm."),
-        (".feed_forward.", ".layer.1.DenseReluDense."),
-        (".feed_forward_norm.", ".layer.1.layer_norm."),
-        ("final_norm.", "encoder.final_layer_norm."),
-    ):
-        name = name.replace(ours, theirs)
-    return name
-
-
-def infer_config(tensors, source="state dict"):
-    """The config that the shapes of published tensors imply. ValueError names the tensor if one needed is missing."""
-
-    def shape(name):
-        name = published_name(name)
-        if name not in tensors or tensors[name].dim() != 2 or not tensors[name].numel():
-            raise ValueError(f"{source}: tensor {name} is missing or is not a matrix; is this a T5 encoder?")
-        return tensors[name].shape
-
-    vocab_size, d_model = shape("embed.weight")
-    num_buckets, num_heads = shape("relative_bias.weight")
-    gated = published_name("blocks.0.feed_forward.wi_0.weight") in tensors
-    d_ff, _ = shape("blocks.0.feed_forward.wi_0.weight" if gated else "blocks.0.feed_forward.wi.weight")
-    inner, _ = shape("blocks.0.attention.q.weight")
-    num_layers = len({name.split(".")[2] for name in tensors if name.startswith("encoder.block.")})
-    return T5Config(
-        vocab_size, d_model, max(inner // num_heads, 1), d_ff, num_layers, num_heads, num_buckets,
-        feed_forward_proj="gated-gelu" if gated else "relu",
-    )
-
-
-def read_config(path):
-    """A published `config.json` -> T5Config; keys that an encoder has no use for are ignored. ValueError names it."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        return T5Config(**{field.name: values[field.name] for field in fields(T5Config) if field.name in values})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the config of a T5 encoder: {error}") from error

@@ -1,5 +1,6 @@
 """What the tests share: golden files, small models, a hub on this machine, and the options --slow and --network."""
 
+import hashlib
 import http.server
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import cli
 import hub
@@ -86,50 +88,53 @@ def make_magnet():
     return make
 
 
+# ----------------------------------------------------------------------------------------------- a hub on this machine
+
 class HubHandler(http.server.BaseHTTPRequestHandler):
-    """Serves files as the hub does: a redirect that states the sha256, then the bytes, from any one on."""
+    """Answers as the hub does: the commit and the hash of a file in its headers, or why there is no such file."""
+
+    def do_HEAD(self):
+        repository, _, rest = self.path[1:].partition("/resolve/")
+        revision, _, file = rest.partition("/")
+        path = self.server.folder / repository / file
+        self.content = path.read_bytes() if path.is_file() else b""
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("X-Repo-Commit", self.server.commit if revision == "main" else revision)
+        self.send_header("Content-Length", str(len(self.content)))
+        if path.is_file():
+            self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+        else:
+            known = (self.server.folder / repository).is_dir()
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+        self.end_headers()
 
     def do_GET(self):
-        file = self.server.folder / self.path.replace("/resolve/main/", "/").removeprefix("/storage").lstrip("/")
-        offset = int(re.search(r"\d+", self.headers.get("Range", "0")).group())
-        if not file.is_file():
-            self.send_error(404)
-        elif not self.path.startswith("/storage/"):
-            self.send_response(302)
-            self.send_header("Location", "/storage" + self.path.replace("/resolve/main/", "/"))
-            self.send_header("X-Linked-ETag", f'"{self.server.sha256 or hub.file_sha256(file)}"')
-            self.end_headers()
-        elif offset and offset >= file.stat().st_size:
-            self.send_error(416)
-        else:
-            self.send_bytes(file.read_bytes(), offset)
-
-    def send_bytes(self, content, offset):
-        offset = offset if self.server.resumes else 0
-        self.server.served.append((self.path.removeprefix("/storage/"), offset))
-        self.send_response(206 if offset else 200)
-        self.send_header("Content-Length", str(len(content) - offset))
-        self.end_headers()
-        self.wfile.write(content[offset:self.server.cut_at])
+        if "/resolve/" in self.path:
+            self.server.served.append(re.sub("/resolve/[^/]*/", "/", self.path[1:]))
+        self.do_HEAD()
+        self.wfile.write(self.content[:self.server.cut_at])
 
     def log_message(self, *_):
         pass
 
 
-@pytest.fixture
-def local_hub(tmp_path, monkeypatch):
-    """A hub on 127.0.0.1 that serves the files of its `folder`, and an empty cache for what is fetched from it.
+def use_hub(monkeypatch, url):
+    """What HF_ENDPOINT does, which the library reads when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
-    `served` lists (path, first byte) of all it sent; `cut_at` breaks transfers off at that byte; `resumes = False`
-    always sends files from their beginning; `sha256` is stated in place of the true one.
+
+@pytest.fixture
+def local_hub(offline, tmp_path, monkeypatch):
+    """A hub on 127.0.0.1 that serves the files of its `folder` (owner/name/file), and an empty cache for them.
+
+    `served` lists what it sent ("owner/name/file"); `cut_at` breaks files off at that byte; `commit` is the newest.
     """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.folder, server.cache, server.served = tmp_path / "remote", tmp_path / "hub" / "checkpoints", []
-    server.cut_at, server.resumes, server.sha256 = None, True, None
+    server.folder, server.served, server.cut_at, server.commit = tmp_path / "remote", [], None, "c" * 40
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    use_hub(monkeypatch, server.url)
     yield server
     server.shutdown()
     server.server_close()
@@ -137,10 +142,14 @@ def local_hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """No network, and an empty cache, whose folder this is."""
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # a port at which nobody listens
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path / "hub" / "checkpoints"
+    """A hub at which nobody listens, empty caches, and an empty working directory, whose path this is."""
+    use_hub(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
 
 
 @dataclass

@@ -9,6 +9,8 @@ that was never heard. The readers are thrown away.
 """
 
 import io
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-from cli import Parser, run
-from t5_encoder import T5Config, T5Encoder, Tokenizer
+from support.cli import Parser, run
+from support.files import save_whole, whole_file
+from support.hub import rename
+from t5_encoder import CONFIG, TENSOR_NAMES, TOKENIZER, T5Config, T5Encoder
 from toy.world import ATTRIBUTES, caption, combinations
 
 
@@ -36,18 +40,31 @@ def draw_caption(rng, p_unsaid=0.3):
 
 
 def train_tokenizer(path, rng, vocab_size, n_captions=20_000):
-    """Write a SentencePiece model with T5's special ids: pad 0, end of sequence 1."""
+    """Write a SentencePiece model with T5's special ids: pad 0, end of sequence 1. Returns its number of pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(draw_caption(rng)[0] for _ in range(n_captions)), model_writer=model, vocab_size=vocab_size,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
     path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+
+
+def save_pretrained(encoder, folder, dtype=torch.float32):
+    """Write a folder that `T5Encoder.from_pretrained` reads, its tensors in `dtype`; each file is whole or absent."""
+    folder = Path(folder)
+    save_whole({rename(name, TENSOR_NAMES): tensor.to("cpu", dtype) for name, tensor in encoder.state_dict().items()},
+               folder / "pytorch_model.bin")
+    with whole_file(folder / CONFIG) as path:
+        path.write_text(json.dumps(asdict(encoder.config), indent=2))
+    if encoder.tokenizer is not None:
+        with whole_file(folder / TOKENIZER) as path:
+            path.write_bytes(encoder.tokenizer.serialized_model_proto())
 
 
 def read_attributes(readers, embeddings, mask):
     """Mean over the tokens, then one linear reader per attribute: a list of logits (B, values + 1)."""
-    weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, N)
-    pooled = (embeddings * weights[..., None]).sum(dim=1)  # (B, D)
+    weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, L)
+    pooled = (embeddings * weights[..., None]).sum(dim=1)  # (B, C)
     return [reader(pooled) for reader in readers]
 
 
@@ -63,12 +80,9 @@ def main():
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(args.out / "spiece.model", rng, args.vocab_size)
-    tokenizer = Tokenizer(args.out / "spiece.model")
-    config = T5Config(tokenizer.vocab_size, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-                      feed_forward_proj="gated-gelu")
-    encoder = T5Encoder(config)
-    encoder.tokenizer = tokenizer
+    pieces = train_tokenizer(args.out / TOKENIZER, rng, args.vocab_size)
+    config = T5Config(pieces, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    encoder = T5Encoder(config, args.out / TOKENIZER)
     readers = nn.ModuleList(nn.Linear(config.d_model, len(values) + 1) for values in ATTRIBUTES.values())
     parameters = [*encoder.parameters(), *readers.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
@@ -76,7 +90,7 @@ def main():
 
     def batch(generator, size):
         captions, labels = zip(*(draw_caption(generator) for _ in range(size)), strict=True)
-        return tokenizer(captions), torch.tensor(labels).T  # labels (5, B)
+        return encoder.tokenize(captions), torch.tensor(labels).T  # labels (5, B)
 
     bar = trange(args.steps)
     for _ in bar:
@@ -94,9 +108,9 @@ def main():
         logits = read_attributes(readers, encoder(ids, mask), mask)
     for name, x, y in zip(ATTRIBUTES, logits, labels, strict=True):
         print(f"{name}: {(x.argmax(dim=1) == y).float().mean().item():.2%} of 2000 fresh captions read right")
-    encoder.save_pretrained(args.out, dtype=torch.float16)
+    save_pretrained(encoder, args.out, dtype=torch.float16)
     n_params = sum(p.numel() for p in encoder.parameters())
-    print(f"wrote {args.out}: {n_params:,} parameters, {tokenizer.vocab_size} pieces")
+    print(f"wrote {args.out}: {n_params:,} parameters, {pieces} pieces")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""What fetching and reading published files promise. The hub is a server on this machine (see `conftest.py`).
+
+Read in this order: what `fetch` downloads and what it does not; what it says when it cannot; files laid by hand; then
+the readers of settings.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from support.cli import Config, option
+from support.files import read_tensors
+from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, read_json, read_yaml, rename
+
+NAME = "google-t5/some-model"
+
+
+def put(folder, **files):
+    """Write files into a folder: put(folder, config__json=b"{}")."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+
+
+# ------------------------------------------------------------------------------------------------------------- fetching
+
+def test_fetch_downloads_each_file_once_into_one_folder(local_hub):
+    put(local_hub.folder / NAME, config__json=b"{}", spiece__model=bytes(range(256)) * 2000)
+    for _ in range(2):
+        folder = fetch(NAME, "config.json", "spiece.model")
+        assert (folder / "spiece.model").read_bytes() == bytes(range(256)) * 2000
+    assert local_hub.served == [f"{NAME}/config.json", f"{NAME}/spiece.model"]
+    local_hub.shutdown()
+    assert fetch(NAME, "config.json", "spiece.model") == folder, "needs no network any more"
+
+
+def test_fetch_takes_the_first_of_two_files_that_is_there(local_hub):
+    put(local_hub.folder / NAME, pytorch_model__bin=b"weights")
+    folder = fetch(NAME, WEIGHTS)
+    assert [path.name for path in folder.iterdir()] == ["pytorch_model.bin"]
+    put(local_hub.folder / NAME, model__safetensors=b"other")
+    assert fetch(NAME, WEIGHTS) == folder and len(local_hub.served) == 1
+
+
+def test_fetch_brings_the_parts_that_an_index_lists(local_hub):
+    tensors = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
+    parts = {name: f"model-{name}.safetensors" for name in tensors}
+    put(local_hub.folder / NAME, model__safetensors__index__json=json.dumps({"weight_map": parts}).encode())
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, local_hub.folder / NAME / parts[name])
+    assert read_tensors(fetch(NAME, WEIGHTS) / "model.safetensors.index.json") == tensors
+
+
+def test_fetch_completes_a_folder_with_files_of_the_same_version(local_hub):
+    put(local_hub.folder / NAME, config__json=b"{}", spiece__model=b"")
+    first = fetch(NAME, "config.json")
+    local_hub.commit = "d" * 40
+    assert fetch(NAME, "config.json", "spiece.model") == first
+    assert {path.name for path in first.iterdir()} == {"config.json", "spiece.model"}
+
+
+def test_fetch_keeps_no_file_that_broke_off(local_hub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits before each new try
+    put(local_hub.folder / NAME, state_dict__bin=b"x" * 100_000)
+    local_hub.cut_at = 1000
+    with pytest.raises(ConnectionError, match="download failed"):
+        fetch(NAME, "state_dict.bin")
+    local_hub.cut_at = None
+    assert (fetch(NAME, "state_dict.bin") / "state_dict.bin").read_bytes() == b"x" * 100_000
+
+
+def test_fetch_says_in_one_line_what_is_missing_and_where_it_may_be_put(offline):
+    with pytest.raises(ConnectionError) as error:
+        fetch(NAME, "config.json", "a.bin|b.bin")
+    message, address = str(error.value), f"http://127.0.0.1:9/{NAME}/resolve/main/"
+    assert f"{address}config.json and {address}a.bin or {address}b.bin into the folder {offline / NAME}" in message
+    assert "refused" in message and "\n" not in message
+
+
+def test_fetch_uses_files_that_were_put_there_by_hand(offline):
+    put(offline / NAME, config__json=b"{}")
+    with pytest.raises(ConnectionError) as error:
+        fetch(NAME, "config.json", "a.bin|b.bin")
+    assert "config.json" not in str(error.value), "it is there"
+    put(offline / NAME, b__bin=b"")
+    assert fetch(NAME, "config.json", "a.bin|b.bin").resolve() == offline / NAME
+
+
+def test_fetch_names_a_file_and_a_repository_that_the_hub_has_not(local_hub):
+    put(local_hub.folder / NAME, config__json=b"{}")
+    with pytest.raises(ConnectionError, match="404.*nothing.bin") as error:
+        fetch(NAME, "config.json", "nothing.bin")
+    assert "config.json" not in str(error.value), "it was fetched"
+    with pytest.raises(ConnectionError, match="RepositoryNotFound.*no/such/resolve/main/config.json"):
+        fetch("no/such", "config.json")
+
+
+def test_fetch_asks_no_one_in_offline_mode(local_hub, monkeypatch):
+    put(local_hub.folder / NAME, config__json=b"{}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        fetch(NAME, "config.json")
+    assert local_hub.served == []
+
+
+def test_fetch_url_checks_the_hash_and_keeps_the_file(local_hub):
+    put(local_hub.folder / NAME, a__th=b"hello")
+    url = f"{local_hub.url}/{NAME}/resolve/main/a.th"
+    with pytest.raises(ConnectionError, match=f"hash.*put {url} into the folder"):
+        fetch_url(url, "12345678")
+    for _ in range(2):
+        assert fetch_url(url, "2cf24dba").read_bytes() == b"hello"
+    assert len(local_hub.served) == 2
+
+
+def test_beside_finds_a_repository_in_the_folder_or_next_to_it(tmp_path):
+    model = tmp_path / "magnet"
+    model.mkdir()
+    assert beside(model, "facebook/encodec_32khz") == "facebook/encodec_32khz"
+    for place in (tmp_path / "encodec_32khz", model / "encodec_32khz"):
+        place.mkdir()
+        assert beside(model, "facebook/encodec_32khz") == str(place)
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+YAML = """\
+dim: 1
+lm:
+  dim: 64
+  inner: {dim: 2, rate: 1.5}
+  name: 't: x'
+  ratios: [8, 5]
+other:
+  ratios:
+  - 4
+  - 2
+  causal: ${lm.dim}
+  user: /home/${oc.env:USER}
+"""
+
+
+def test_read_yaml_gives_flat_names_plain_types_and_follows_references():
+    assert read_yaml(YAML, "x") == {
+        "dim": 1, "lm.dim": 64, "lm.inner.dim": 2, "lm.inner.rate": 1.5, "lm.name": "t: x", "lm.ratios": [8, 5],
+        "other.ratios": [4, 2], "other.causal": 64, "other.user": "/home/${oc.env:USER}"}
+
+
+@pytest.mark.parametrize("text", [None, "", "- 1", "a: [", "a: &a [1]\nb: *a", "[" * 5000, "a: !!python/name:os.mkdir"])
+def test_read_yaml_names_the_file_of_a_text_that_is_no_settings(text):
+    with pytest.raises(ValueError, match="^state.bin: its settings are not YAML") as error:
+        read_yaml(text, "state.bin")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b"[" * 100_000])
+def test_read_json_names_a_file_that_is_no_settings(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json: "):
+        read_json(tmp_path / "config.json")
+
+
+@dataclass
+class Small(Config):
+    width: int = option(low=1, high=10)
+    rate: float = option(0.5)
+
+
+def test_make_config_takes_its_fields_and_names_file_and_field_of_a_bad_one():
+    assert make_config(Small, {"width": 3, "other": 1}, "x") == Small(3, 0.5)
+    for values in ({}, {"width": "3"}, {"width": 11}, {"width": True}):
+        with pytest.raises(ValueError, match="^config.json: width "):
+            make_config(Small, values, "config.json")
+    for rate in (float("nan"), 10**400, None):
+        with pytest.raises(ValueError, match="^config.json: "):
+            make_config(Small, {"width": 3, "rate": rate}, "config.json")
+
+
+def test_rename_replaces_one_pair_after_another():
+    assert rename("blocks.3.q", (("blocks.", "layers."), (".q", ".query"))) == "layers.3.query"

@@ -45,27 +45,32 @@ def audio_seconds(path):
         return sound.frames / sound.samplerate if sound.frames < UNKNOWN else math.inf
 
 
-def read_frames(sound, tell):
-    """Yield arrays (frames, channels) float32 to the end of the sound, however many the header promised."""
+def read_frames(sound, errors):
+    """Yield arrays (frames, channels) float32 to the end of the sound, however many the header promised, or to the
+    first of libsndfile's errors, which is added to `errors`."""
+    total = 0
     while True:
         block = np.full((max(1, BLOCK // sound.channels), sound.channels), np.nan, np.float32)
         try:
             frames = len(sound.read(out=block))
         except soundfile.LibsndfileError as error:
-            frames = int((~np.isnan(block[:, 0])).sum())  # keep what was decoded
+            frames = min(int((~np.isnan(block[:, 0])).sum()), sound.frames - total)  # keep what was decoded
             if error.code != 39:  # a seek that fails behind the end of a FLAC, and says nothing
-                tell("is damaged, or holds several recordings, of which only the first was read")
+                errors.append(error)
         yield block[:frames]
+        total += frames
         if frames < len(block):
             return
 
 
-def early_end(raw, sound, frames):
-    """What is wrong with the end of a file of which `frames` could be read; None if nothing is."""
+def early_end(raw, sound, frames, errors):
+    """What is wrong with the end of a file of which `frames` could be read, with `errors`; None if nothing is."""
     unread = os.fstat(raw.fileno()).st_size - os.lseek(raw.fileno(), 0, os.SEEK_CUR)
     cut = re.search(r"(?:RIFF|FORM|riff|Data Size) +: (\d+) \(should be (\d+)", sound.extra_info)  # libsndfile's log
     if frames < sound.frames < UNKNOWN:
         return f"ends after {frames / sound.samplerate:.6g} s; its header says {sound.frames / sound.samplerate:.6g} s"
+    if errors:
+        return "is damaged, or holds several recordings, of which only the first was read"
     if cut and int(cut[2]) < int(cut[1]) < 2**31 - 2**16:  # more is what is written where the length is not known
         return f"was cut: {cut[2]} bytes are left of {cut[1]}"
     if sound.format == "MP3" and unread > 1024:  # less is a tag, with the title
@@ -87,10 +92,10 @@ def read_blocks(path, sample_rate, max_seconds=None, tell=None):
     """
     tell = tell or (lambda text: warnings.warn(f"{path}: {text}", stacklevel=2))
     left = math.inf if max_seconds is None else max(1, round(max_seconds * sample_rate))
-    frames, power, mixed_power = 0, 0.0, 0.0
+    frames, power, mixed_power, errors = 0, 0.0, 0.0, []
     with open_audio(path) as (raw, sound):
         resampler = soxr.ResampleStream(sound.samplerate, sample_rate, 1)
-        for block in read_frames(sound, tell):
+        for block in read_frames(sound, errors):
             mono = block.mean(axis=1)
             if not np.isfinite(mono).all():
                 raise ValueError(f"{path}: holds samples that are not finite numbers")
@@ -105,7 +110,7 @@ def read_blocks(path, sample_rate, max_seconds=None, tell=None):
         rest = resampler.resample_chunk(np.empty(0, np.float32), last=True)
         if left:
             yield rest[:left if left < math.inf else None]
-            if problem := early_end(raw, sound, frames):
+            if problem := early_end(raw, sound, frames, errors):
                 tell(problem)
         if mixed_power < 1e-4 * power:
             tell(CANCELLED)
@@ -136,7 +141,7 @@ def check_audio_path(path):
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as trial:
-            trial.write(bytes(BLOCK))
+            trial.write(bytes(4096))
             trial.flush()
     except OSError as error:
         raise OSError(f"{path}: cannot be written to {folder} ({error.strerror})") from error
@@ -162,7 +167,7 @@ def save_audio(path, wav, sample_rate):
                         sound.write(samples[start:start + BLOCK])
                 os.fsync(raw.fileno())
             with open_audio(temporary) as (_, sound):  # libsndfile does not say when the last page found no room
-                if sum(map(len, read_frames(sound, print))) != len(samples):
-                    raise OSError("not all of it was stored: is the disk full?")
+                if sum(map(len, read_frames(sound, []))) != len(samples):
+                    raise OSError("not all of it was stored")
     except (soundfile.SoundFileError, ValueError, OSError) as error:
-        raise OSError(f"{path}: could not be written, what was there is kept ({error})") from error
+        raise OSError(f"{path}: could not be written, what was there is kept ({error}; is the disk full?)") from error

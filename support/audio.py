@@ -73,7 +73,7 @@ def early_end(raw, sound, frames, errors):
         return "is damaged, or holds several recordings, of which only the first was read"
     if cut and int(cut[2]) < int(cut[1]) < 2**31 - 2**16:  # more is what is written where the length is not known
         return f"was cut: {cut[2]} bytes are left of {cut[1]}"
-    if sound.format == "MP3" and unread > 1024:  # less is a tag, with the title
+    if sound.format in ("MP3", "FLAC") and unread > 1024:  # less is a tag, with the title
         return f"was read in part: its last {unread:,} bytes are another recording, damaged, or a large tag"
     if sound.format == "OGG":
         with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -84,7 +84,7 @@ def early_end(raw, sound, frames, errors):
                 return "was cut: its last page is missing"
 
 
-def read_blocks(path, sample_rate, max_seconds=None, tell=None):
+def read_blocks(path, sample_rate, tell=None, max_seconds=None):
     """Yield a file of any rate and channel count as arrays (S,) float32, mono, at `sample_rate` Hz, block by block.
 
     Only the first `max_seconds` are read. What is odd about the file (it ends early, its channels cancel out) goes to
@@ -122,7 +122,7 @@ def load_audio(path, sample_rate, max_seconds=None):
     A warning says where it ends early or its channels cancel out. ValueError names a file that is missing, not audio,
     empty, or holds numbers that are not finite.
     """
-    wav = np.concatenate(list(read_blocks(path, sample_rate, max_seconds)))
+    wav = np.concatenate(list(read_blocks(path, sample_rate, max_seconds=max_seconds)))
     if not len(wav):
         raise ValueError(f"{path}: holds no audio samples")
     return torch.from_numpy(wav)[None]

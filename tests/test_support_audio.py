@@ -73,18 +73,6 @@ def test_load_audio_lets_nothing_above_the_new_nyquist_frequency_fold_back(tmp_p
     assert load_audio(tmp_path / "tone.wav", RATE)[0, 1000:-1000].abs().max() < 0.01
 
 
-def test_load_audio_gives_silence_for_a_silent_file(tmp_path):
-    soundfile.write(tmp_path / "silent.wav", np.zeros(1000), RATE)
-    assert torch.equal(load_audio(tmp_path / "silent.wav", RATE), torch.zeros(1, 1000))
-
-
-def test_load_audio_reads_a_name_that_is_not_utf8(tmp_path):
-    name = os.fsencode(tmp_path) + b"/caf\xe9.wav"
-    Path(os.fsdecode(name)).write_bytes(b"")
-    soundfile.write(name, tone(1), RATE)
-    assert load_audio(os.fsdecode(name), RATE).shape == (1, RATE)
-
-
 # ---------------------------------------------------------------------------------------------- of long files in blocks
 
 @pytest.mark.parametrize("rate", [RATE, 44_100])
@@ -101,14 +89,10 @@ def test_load_audio_reads_no_more_than_the_seconds_asked_for(tmp_path):
     soundfile.write(tmp_path / "long.wav", noise(20), 44_100)
     path = tmp_path / "long.wav"
     whole = load_audio(path, RATE)
+    assert audio_seconds(path) == len(noise(20)) / 44_100
     content = path.read_bytes()
     path.write_bytes(content[:len(content) // 2] + b"\xff" * (len(content) // 2))  # what is behind is not looked at
     assert torch.equal(load_audio(path, RATE, max_seconds=1), whole[:, :RATE])
-
-
-def test_audio_seconds_asks_the_header_alone(tmp_path):
-    soundfile.write(tmp_path / "tone.wav", tone(2), RATE)
-    assert audio_seconds(tmp_path / "tone.wav") == 2
 
 
 # ------------------------------------------------------------------------------------------------------ of damaged ones
@@ -155,35 +139,18 @@ def test_load_audio_says_where_it_reads_the_first_of_several_recordings_only(tmp
         assert load_audio(path, RATE).shape == (1, 2 * RATE)
 
 
-def test_load_audio_says_where_the_channels_cancel_out(tmp_path):
-    soundfile.write(tmp_path / "opposite.wav", np.stack([tone(1), -tone(1)], axis=1), 44_100)
-    with pytest.warns(UserWarning, match="opposite.wav.*opposite phase"):
-        assert load_audio(tmp_path / "opposite.wav", RATE).abs().max() < 1e-4
-
-
-def write_bad_audio(path, kind):
-    if kind == "a folder":
-        path.mkdir()
-    elif kind == "a pipe":
-        os.mkfifo(path)
-    elif kind == "a device":
-        path.symlink_to("/dev/zero")
-    elif kind in ("NaN", "infinity"):
-        soundfile.write(path, [0.1, math.nan if kind == "NaN" else math.inf, 0.1], RATE, "FLOAT")
-    elif kind != "missing":
-        samples = {"no samples": 0, "one sample at a high rate": 1}.get(kind, 1000)
-        soundfile.write(path, np.zeros(samples), 96_000)
-        content = path.read_bytes()
-        path.write_bytes({"cut in its header": content[:30], "rate of 1 Hz": content[:24] + b"\1\0\0\0" + content[28:],
-                          "zero bytes": b"", "text": b"la la la\n", "bytes": bytes(range(256))}.get(kind, content))
-
-
-@pytest.mark.parametrize("kind", [
-    "no samples", "one sample at a high rate", "NaN", "infinity", "a folder", "a pipe", "a device", "cut in its header",
-    "rate of 1 Hz", "missing", "zero bytes", "text", "bytes"])
-def test_load_audio_names_a_file_that_cannot_be_used(tmp_path, kind):
-    write_bad_audio(tmp_path / "song.wav", kind)
-    with pytest.raises(ValueError, match="song.wav"):
+@pytest.mark.parametrize("make", {
+    "missing": lambda path: None, "a folder": Path.mkdir, "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"), "zero bytes": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("la la la"), "bytes": lambda path: path.write_bytes(bytes(range(256))),
+    "no samples": lambda path: soundfile.write(path, np.zeros(0), RATE),
+    "one sample at a high rate": lambda path: soundfile.write(path, np.zeros(1), 96_000),
+    "a rate of 8 Hz": lambda path: soundfile.write(path, tone(1), 8),
+    "not a number": lambda path: soundfile.write(path, [0.1, math.nan], RATE, "FLOAT"),
+    "infinity": lambda path: soundfile.write(path, [0.1, math.inf], RATE, "FLOAT")}.items(), ids=lambda item: item[0])
+def test_load_audio_names_a_file_that_cannot_be_used(tmp_path, make):
+    make[1](tmp_path / "song.wav")
+    with pytest.raises(ValueError, match="song.wav: "):
         load_audio(tmp_path / "song.wav", RATE)
 
 

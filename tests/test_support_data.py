@@ -1,0 +1,449 @@
+"""What data sets and their caches promise: all that is found is used or listed; everything is encoded once.
+
+Read in this order: the sources (what is read, what is skipped, that it adds up), cutting, the cache, the files that are
+held out, batches. Most tests write a few small WAVs and read them through the toy codec and the toy text encoder.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from encodec_wrap import load_codec
+from model import MAGNeT, ModelConfig
+from support import data
+from support.data import Clips, Entry, cut_clips, encode_audio, fill_cache, load_data
+from t5_encoder import T5Encoder
+
+RATE = 16_000
+
+
+class Spy:
+    """Stands for a function and counts: `calls`, and the number of rows in all of their first arguments."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.rows = function, 0, 0
+
+    def __call__(self, rows):
+        self.calls, self.rows = self.calls + 1, self.rows + len(rows)
+        return self.function(rows)
+
+
+@pytest.fixture
+def codec():
+    codec = load_codec("toy")
+    codec.encode = Spy(codec.encode)
+    return codec
+
+
+@pytest.fixture
+def encoder():
+    encoder = T5Encoder.from_pretrained("toy")
+    encoder.encode_text = Spy(encoder.encode_text)
+    return encoder
+
+
+@pytest.fixture
+def load(tmp_path, codec, encoder):
+    """load(path, ...) reads a data set in clips of half a second, through a cache that lasts for one test."""
+    def load(path, seconds=0.5, codec=codec, valid_share=0.0, **more):
+        return load_data(str(path), codec, encoder, seconds, tmp_path / "cache", valid_share=valid_share, **more)
+    return load
+
+
+@pytest.fixture
+def music(tmp_path):
+    (tmp_path / "music").mkdir()
+    return tmp_path / "music"
+
+
+def write_tone(path, caption=None, seconds=0.5, hertz=440.0, **more):
+    """A sine in an audio file, with its caption beside it; a dictionary is written as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * RATE)) / RATE), RATE, **more)
+    if caption is not None:
+        suffix, text = (".json", json.dumps(caption)) if isinstance(caption, dict) else (".txt", caption)
+        path.with_suffix(suffix).write_text(text, encoding="utf-8")
+
+
+def captions_of(clips, encoder, *captions):
+    """Which of `captions` each clip has, by its embedding."""
+    rows, mask = encoder.encode_text.function(list(captions))
+    known = {caption: row[keep].half() for caption, row, keep in zip(captions, rows, mask, strict=True)}
+    texts = [clips.text[i] for i in clips.caption]
+    return [next(c for c, e in known.items() if e.shape == t.shape and torch.allclose(e, t, atol=1e-2)) for t in texts]
+
+
+# -------------------------------------------------------------------------------------------------------------- sources
+
+def test_load_data_reads_a_folder_of_any_audio_with_its_sub_folders_and_both_kinds_of_captions(load, encoder, music):
+    write_tone(music / "a.wav", "a slow flute\n")
+    write_tone(music / "sub" / "b.oga", {"text": " a fast bell ", "main_caption": "a slow flute"}, format="OGG")
+    write_tone(music / "sub" / "deep" / "c.recording", "a low organ", hertz=600, format="AU")
+    train, _ = load(music, caption_key="text")
+    assert train.codes.shape == (3, 4, 25) and train.codes.dtype == torch.int16
+    captions = ["a slow flute", "a fast bell", "a low organ"]
+    assert captions_of(train, encoder, *captions) == captions
+
+
+def test_load_data_follows_links_to_folders_but_not_in_circles(load, music, tmp_path, capsys):
+    write_tone(tmp_path / "elsewhere" / "a.wav", "a slow flute")
+    write_tone(music / "sub" / "b.wav", "a fast bell", hertz=500)
+    (music / "linked").symlink_to(tmp_path / "elsewhere")
+    (music / "sub" / "up").symlink_to(tmp_path)
+    (music / "sub" / "again").symlink_to(music)
+    assert len(load(music)[0]) == 2
+    out = capsys.readouterr().out
+    assert all(f"skipped {music}/sub/{name}: links to a folder" in out for name in ("up", "again"))
+
+
+BAD = {  # file -> a word of the reason for which it is skipped; `write_bad` makes them
+    "uncaptioned.wav": "has no caption; want uncaptioned.txt or uncaptioned.json", "cover.jpg": "is not audio",
+    "song.m4a": "convert it", "empty.wav": "is not audio", "no-samples.wav": "no audio", "nan.wav": "not finite",
+    "rate.wav": "sample rate is 1 Hz", "lonely.txt": "a caption without audio", "latin.wav": "latin.txt is not UTF-8",
+    "key.wav": "key.json has no text under the key 'main_caption'", "cut.wav": "cut.json is not JSON",
+    "list.wav": "no text", "nested.wav": "nested.json is not JSON", "pipe.wav": "not a regular file", "zero.wav": "not a regular file",
+    "gone.wav": "no such audio file", "caf\\udce9.wav": "has no caption"}
+
+
+def write_bad(folder):
+    for name in ("uncaptioned", "nan", "rate", "latin", "key", "cut", "list", "nested", "no-samples"):
+        write_tone(folder / f"{name}.wav", None if name == "uncaptioned" else "x", 0.5 * (name != "no-samples"))
+    soundfile.write(folder / "nan.wav", [0.1, np.nan], RATE, "FLOAT")
+    wav = (folder / "rate.wav").read_bytes()
+    (folder / "rate.wav").write_bytes(wav[:24] + b"\1\0\0\0" + wav[28:])
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    for name, text in {"key": '{"title": "la"}', "cut": "{", "list": "[1]", "nested": "[" * 100_000}.items():
+        (folder / f"{name}.txt").unlink()
+        (folder / f"{name}.json").write_text(text)
+    for name in ("cover.jpg", "song.m4a", "empty.wav", "lonely.txt"):
+        (folder / name).write_bytes(b"" if name == "empty.wav" else b"not music at all")
+    os.mkfifo(folder / "pipe.wav")
+    (folder / "zero.wav").symlink_to("/dev/zero")
+    (folder / "gone.wav").symlink_to("nowhere")
+    shutil.copy(folder / "uncaptioned.wav", os.fsencode(folder) + b"/caf\xe9.wav")
+
+
+def test_load_data_lists_every_bad_file_with_its_reason_and_everything_adds_up(load, music, capsys):
+    write_tone(music / "good.wav", "a slow flute")
+    write_bad(music)
+    assert len(load(music)[0]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for name, reason in BAD.items():
+        assert [reason in line for line in lines if line.startswith(f"skipped {music}/{name}: ")] == [True], name
+    captions = 9  # of good.wav and of the eight bad files that have one
+    found = len(os.listdir(music))
+    assert f"{music}: {found} found = 1 encoded + {captions} captions + {len(BAD)} skipped; 0 with a note" in lines
+    assert found == 1 + captions + len(BAD)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_load_data_lists_a_folder_that_cannot_be_read(load, music, capsys):
+    write_tone(music / "good.wav", "a slow flute")
+    write_tone(music / "closed" / "b.wav", "a fast bell", hertz=500)
+    (music / "closed").chmod(0)
+    load(music)
+    (music / "closed").chmod(0o700)
+    out = capsys.readouterr().out
+    assert "closed: is a folder that cannot be read" in out and "3 found = 1 encoded + 1 captions + 1 skipped" in out
+
+
+def test_load_data_notes_silent_clips_cancelled_channels_and_early_ends_each_time(load, music, capsys):
+    tone = np.sin(np.arange(2 * RATE))
+    for name, wav in {"opposite": np.stack([tone, -tone], 1), "gap": tone * (np.arange(2 * RATE) < RATE)}.items():
+        write_tone(music / f"{name}.wav", name)
+        soundfile.write(music / f"{name}.wav", wav, RATE)
+    write_tone(music / "half.wav", "half", seconds=2)
+    (music / "half.wav").write_bytes((music / "half.wav").read_bytes()[:2 * RATE + 44])
+    for _ in range(2):  # the second time from the cache
+        load(music)
+        out = capsys.readouterr().out
+        for note in ("opposite.wav: its channels are of opposite phase", "opposite.wav: 4 of its 4 clips are silent",
+                     "gap.wav: 2 of its 4 clips are silent", "half.wav: was cut", "0 skipped; 3 with a note"):
+            assert out.count(note) == 1, note
+
+
+@pytest.mark.parametrize("keys", [{}, {"audio_key": "path", "caption_key": "text"}])
+def test_load_data_reads_a_manifest_whose_paths_start_at_its_folder(load, encoder, music, keys):
+    write_tone(music / "one.wav", hertz=300)
+    write_tone(music / "sub" / "two.wav", hertz=500)
+    audio, caption = keys.get("audio_key", "location"), keys.get("caption_key", "main_caption")
+    records = [{audio: "sub/two.wav", caption: "a fast bell"}, {audio: str(music / "one.wav"), caption: "a slow flute"}]
+    (music / "list.jsonl").write_text("\n\n".join(map(json.dumps, records)) + "\n")
+    train, _ = load(music / "list.jsonl", **keys)
+    assert captions_of(train, encoder, "a slow flute", "a fast bell") == ["a fast bell", "a slow flute"]
+
+
+def test_load_data_lists_bad_lines_of_a_manifest_by_number(load, music, capsys):
+    write_tone(music / "a.wav")
+    lines = ['\ufeff{"location": "a.wav", "main_caption": "one\u2028two\x85"}', "{", "[1]", '{"location": "a.wav"}',
+             '{"main_caption": "x"}', '{"location": "b.wav", "main_caption": "x"}', "[" * 100_000,
+             '{"location": "/dev/zero", "main_caption": "x"}', '{"location": "a.wav", "main_caption": "\udce9"}']
+    (music / "list.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
+    assert len(load(music / "list.jsonl")[0]) == 1
+    out = capsys.readouterr().out
+    assert all(out.count(f"list.jsonl:{number}: ") == 1 for number in range(2, 10))
+    assert "list.jsonl: 9 found = 1 encoded + 0 captions + 8 skipped" in out
+
+
+@pytest.mark.parametrize("name, problem", [
+    ("nothing", "no such data set"), ("empty", "the data set is empty"), ("noise", "the data set is empty"),
+    ("song.wav", "is not a JSON-lines manifest")])
+def test_load_data_names_a_data_set_that_cannot_be_used(load, music, name, problem):
+    (music / "empty").mkdir()
+    write_tone(music / "song.wav")
+    (music / "noise").mkdir()
+    (music / "noise" / "noise.wav").write_text("not music")
+    with pytest.raises(ValueError, match=f"{name}: {problem}"):
+        load(music / name)
+
+
+# -------------------------------------------------------------------------------------------------------------- cutting
+
+@pytest.mark.parametrize("samples, kept", [
+    (1, [1]), (9, [9]), (99, [99]), (100, [100]), (109, [100]), (110, [100, 10]), (200, [100, 100]),
+    (205, [100, 100]), (299, [100, 100, 99])])
+@pytest.mark.parametrize("block", [30, 1000])
+def test_cut_clips_keeps_all_in_order_but_a_small_rest(samples, kept, block):
+    wav = np.arange(1, samples + 1, dtype=np.float32)
+    clips, lengths = zip(*cut_clips([wav[i:i + block] for i in range(0, samples, block)], 100), strict=True)
+    assert list(lengths) == kept and all(clip.shape == (100,) for clip in clips)
+    assert np.array_equal(np.concatenate(clips)[:sum(kept)], wav[:sum(kept)])
+    assert not np.concatenate(clips)[sum(kept):].any(), "the last is padded with zeros"
+
+
+def test_load_data_gives_the_codes_of_each_piece_and_its_caption_to_all_of_them(load, codec, music):
+    write_tone(music / "a.wav", "a slow flute", seconds=1.2)
+    write_tone(music / "b.wav", "a fast bell", seconds=0.1, hertz=600)
+    train, _ = load(music)
+    wav = torch.from_numpy(soundfile.read(music / "a.wav", dtype="float32")[0])
+    pieces = torch.nn.functional.pad(wav, (0, 3 * RATE // 2 - len(wav))).view(3, 1, RATE // 2)
+    assert torch.equal(train.codes[:3].long(), codec.encode.function(pieces))
+    assert train.caption.tolist() == [0, 0, 0, 1]
+    assert train.n_frames.tolist() == [25, 25, 10, 5]
+
+
+def test_encode_audio_reads_a_long_recording_no_further_than_it_encodes(codec, monkeypatch):
+    """An entry that yields an hour, of which at most a batch of clips has been read when the codec stops it."""
+    read = []
+    entry = Entry("hour", "0", lambda tell: (read.append(i) or np.zeros(RATE, np.float32) for i in range(3600)), "x")
+    monkeypatch.setattr(codec, "encode", lambda wav: next(iter(())))
+    with pytest.raises(RuntimeError):  # what StopIteration becomes in a generator
+        list(encode_audio({"0": entry}, codec, RATE, "cpu", {}, ["0"]))
+    assert len(read) <= data.BATCH + 1
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+@pytest.fixture
+def three_files(music):
+    for i, caption in enumerate(["a slow flute", "a fast bell", "a slow flute"]):
+        write_tone(music / f"{i}.wav", caption, hertz=300 + 100 * i)
+    return music
+
+
+def cache_files(tmp_path):
+    return sorted((tmp_path / "cache").glob("*.pt"))
+
+
+def test_load_data_encodes_only_what_is_new(load, codec, encoder, three_files):
+    first, _ = load(three_files)
+    assert (codec.encode.rows, encoder.encode_text.rows) == (3, 2)
+    second, _ = load(three_files)
+    assert (codec.encode.rows, encoder.encode_text.rows) == (3, 2)
+    assert torch.equal(first.codes, second.codes) and first.fingerprint == second.fingerprint
+    assert all(torch.equal(a, b) for a, b in zip(first.text, second.text, strict=True))
+    write_tone(three_files / "3.wav", "a low organ", hertz=700)
+    shutil.copy(three_files / "0.wav", three_files / "copy.wav")
+    (three_files / "copy.txt").write_text("a fast bell")
+    third, _ = load(three_files)
+    assert len(third) == 5 and (codec.encode.rows, encoder.encode_text.rows) == (4, 3)
+    assert torch.equal(third.codes[0], third.codes[4])
+
+
+def test_load_data_encodes_a_file_again_when_its_content_changes(load, codec, three_files):
+    before, _ = load(three_files)
+    write_tone(three_files / "1.wav", hertz=900)
+    after, _ = load(three_files)
+    assert codec.encode.rows == 4
+    assert [torch.equal(a, b) for a, b in zip(before.codes, after.codes, strict=True)] == [True, False, True]
+
+
+def test_load_data_encodes_again_for_other_seconds_codebooks_or_weights(load, codec, encoder, three_files):
+    load(three_files)
+    assert load(three_files, seconds=0.25)[0].codes.shape == (6, 4, 13)
+    assert codec.encode.rows == 9
+    two = load_codec("toy", 2)
+    assert load(three_files, codec=two)[0].codes.shape == (3, 2, 25)
+    with torch.no_grad():
+        two.model.encoder.model[0].conv.conv.bias.add_(0.5)
+        encoder.final_norm.weight.mul_(2)
+    two.encode = Spy(two.encode)
+    load(three_files, codec=two)
+    assert two.encode.rows == 3 and encoder.encode_text.rows == 4
+    load(three_files)
+    assert codec.encode.rows == 9, "the other caches are still there"
+
+
+def test_clips_fingerprint_tells_a_changed_data_set(load, three_files):
+    before = load(three_files)[0].fingerprint
+    (three_files / "2.txt").write_text("a slower flute")
+    caption = load(three_files)[0].fingerprint
+    write_tone(three_files / "2.wav", hertz=900)
+    assert len({before, caption, load(three_files)[0].fingerprint}) == 3
+
+
+@pytest.mark.parametrize("how", ["cut", "garbage", "empty", "one bit"])
+def test_load_data_makes_a_damaged_cache_again_and_says_so(load, codec, three_files, tmp_path, capsys, how):
+    before, _ = load(three_files)
+    for file in cache_files(tmp_path):
+        content = bytearray(file.read_bytes())
+        first = bytes(torch.load(file, weights_only=True).popitem()[1][0].numpy().tobytes()[:16])
+        flipped = bytearray(content)
+        flipped[content.find(first)] ^= 1
+        file.unlink()
+        file.write_bytes({"cut": content[:len(content) // 2], "garbage": b"garbage", "empty": b"",
+                          "one bit": flipped}[how])
+    after, _ = load(three_files)
+    assert torch.equal(before.codes, after.codes) and codec.encode.rows == 6
+    out = capsys.readouterr().out
+    assert len(cache_files(tmp_path)) == 2 and all(f"{file}: " in out for file in cache_files(tmp_path))
+    load(three_files)
+    assert codec.encode.rows == 6
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, OSError, RuntimeError])
+def test_fill_cache_keeps_what_was_made_before_an_error_or_a_stop(tmp_path, how):
+    def make(keys):
+        for key in keys:
+            if key == 3:
+                raise how("stopped")
+            yield key, torch.tensor(key)
+
+    with pytest.raises(how, match="stopped"):
+        fill_cache(tmp_path / "cache.pt", range(5), make)
+    assert set(fill_cache(tmp_path / "cache.pt", [], lambda keys: ())) == {0, 1, 2}
+
+
+def test_fill_cache_saves_from_time_to_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SAVE_SECONDS", -1.0)  # as if each entry took longer than that
+    stored = []
+    fill_cache(tmp_path / "cache.pt", range(3), lambda keys: (
+        stored.append(len(data.read_cache(tmp_path / "cache.pt"))) or (key, key) for key in keys))
+    assert stored[:2] == [0, 1] and set(data.read_cache(tmp_path / "cache.pt")) == {0, 1, 2}
+
+
+def test_fill_cache_of_two_processes_keeps_the_entries_of_both(tmp_path):
+    code = f"""if True:
+        import sys
+        from pathlib import Path
+        from support import data
+        data.SAVE_SECONDS = -1
+        for i in range(30):
+            data.fill_cache(Path({str(tmp_path)!r}, "cache.pt"), [f"{{sys.argv[1]}}-{{i}}"], lambda ks: [(ks[0], 1)])"""
+    both = [subprocess.Popen([sys.executable, "-c", code, name], cwd=Path(__file__).parents[1]) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert set(data.read_cache(tmp_path / "cache.pt")) == {f"{name}-{i}" for name in "ab" for i in range(30)}
+
+
+def test_fill_cache_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path):
+    fill_cache(tmp_path / "cache.pt", ["old"], lambda keys: [("old", torch.zeros(9))])
+    code = f"""if True:
+        import resource, torch
+        from pathlib import Path
+        from support.data import fill_cache
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        fill_cache(Path({str(tmp_path / 'cache.pt')!r}), ["new"], lambda keys: [("new", torch.zeros(10**6))])"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == 1 and f"OSError: {tmp_path}/cache.pt: could not be written" in ended.stderr
+    assert set(data.read_cache(tmp_path / "cache.pt")) == {"old"} and not list(tmp_path.glob(".*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------------------------ splitting
+
+def songs(folder, numbers):
+    for i in numbers:
+        write_tone(folder / f"{random.Random(i).random()}.wav", "very " * i + "slow", seconds=1, hertz=200 + 10 * i)
+
+
+def texts(clips):
+    return {tuple(text.flatten().tolist()) for text in clips.text}
+
+
+def test_load_data_holds_out_whole_files_of_which_no_clip_is_trained_on(load, music):
+    songs(music, range(16))
+    train, valid = load(music, valid_share=0.5)
+    assert len(train) + len(valid) == 32 and 0 < len(valid) < 32 and len(valid) % 2 == 0
+    assert not texts(train) & texts(valid) and len(texts(train) | texts(valid)) == 16
+
+
+def test_load_data_holds_a_file_out_or_not_whatever_is_beside_it(load, music):
+    songs(music, range(16))
+    train, valid = load(music, valid_share=0.3)
+    songs(music, range(16, 32))
+    for path in sorted(music.glob("*.wav"))[::3]:
+        path.unlink()
+    for part, other in zip(load(music, valid_share=0.3), (valid, train), strict=True):
+        assert not texts(part) & texts(other)
+
+
+def test_load_data_validates_a_small_data_set_on_itself_and_says_so(load, three_files, capsys):
+    for share in (0.0, 1.0):  # none is held out, or all
+        train, valid = load(three_files, valid_share=share)
+        assert len(train) == 3 and torch.equal(train.codes, valid.codes)
+        assert "validating on the training clips" in capsys.readouterr().out
+
+
+def test_load_data_takes_entries_that_are_no_files(load):
+    def bad(tell):
+        raise ValueError("no power")
+
+    entries = [Entry(f"wave {i}", f"{i}", lambda tell, i=i: [np.full(8000, i / 10, np.float32)], "x") for i in range(3)]
+    train, valid = load("waves", entries=(entries[:2], [entries[2], Entry("off", "off", bad, "y")]))
+    assert (len(train), len(valid)) == (2, 1) and not torch.equal(train.codes[0], train.codes[1])
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+@pytest.fixture
+def clips():
+    """Four clips whose captions have 2, 0, 3 and 2 tokens of width 8."""
+    torch.manual_seed(0)
+    text = [torch.randn(2, 8).half(), torch.zeros(0, 8).half(), torch.randn(3, 8).half()]
+    codes = torch.randint(16, (4, 4, 7)).to(torch.int16)
+    return Clips(codes, torch.tensor([7, 7, 2, 1]), text, torch.tensor([0, 1, 2, 0]))
+
+
+def test_valid_is_false_at_padding(clips):
+    assert clips.valid(torch.tensor([2, 0])).tolist() == [[True, True] + [False] * 5, [True] * 7]
+
+
+def test_batch_gives_the_rows_asked_for_and_pads_texts_with_zeros_which_the_mask_marks(clips):
+    codes, text, mask = clips.batch(torch.tensor([2, 0, 1]))
+    assert (codes.dtype, text.dtype, mask.dtype) == (torch.long, torch.float32, torch.float32)
+    assert torch.equal(codes, clips.codes[[2, 0, 1]].long())
+    assert torch.equal(text[0], clips.text[2].float()) and torch.equal(text[1, :2], clips.text[0].float())
+    assert not text[1, 2:].any() and not text[2].any()
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("rows", [[1], [1, 1, 1]])
+def test_batch_of_empty_captions_is_the_null_condition_of_the_model(clips, rows):
+    codes, text, mask = clips.batch(torch.tensor(rows))
+    assert not mask.any()
+    model = MAGNeT(ModelConfig(card=16, dim=32, n_heads=2, n_layers=2, text_dim=8)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(codes, 0, text, mask), model(codes, 0))
+
+
+def test_load_data_gives_an_empty_caption_no_tokens(load, music):
+    write_tone(music / "a.wav", "")
+    assert [tuple(text.shape) for text in load(music)[0].text] == [(0, 64)]

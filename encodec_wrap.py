@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from support.cli import Config, option
-from support.files import check_tensors, load_strictly, read_checkpoint, read_tensors, save_whole
+from support.files import check_tensors, load_strictly, read_checkpoint, save_whole
 from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, present, read_json, read_yaml, rename
 
 
@@ -161,7 +161,7 @@ def load_codec(name_or_path, n_codebooks=None, device="cpu"):
     name, path = str(name_or_path), TOY_CODEC if name_or_path == "toy" else Path(name_or_path)
     if name == "encodec_24khz" and not path.exists():
         path = fetch_url(f"{encodec.model.ROOT_URL}encodec_24khz-d7cc33bc.th", "d7cc33bc")
-        config, state, n_codebooks = CODEC_24KHZ, read_tensors(path), n_codebooks or 4
+        config, state, n_codebooks = CODEC_24KHZ, read_checkpoint(path), n_codebooks or 4
     else:
         path = path if path.exists() or name != REPOSITORY else fetch(REPOSITORY, WEIGHTS, "config.json")
         config, state, path = read_codec(path)
@@ -179,7 +179,7 @@ def read_codec(path):
         raise ValueError(f"codec {str(path)!r} is unknown: want toy, encodec_24khz, {REPOSITORY}, or a codec's file "
                          f"or folder (with {CODEC_FILE} or {' or '.join(WEIGHTS.split('|')[::2])})")
     if file.suffix in (".safetensors", ".json"):
-        return *read_hugging_face(read_tensors(file), file), file
+        return *read_hugging_face(read_checkpoint(file), file), file
     content = read_checkpoint(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: is not a codec file; it holds a {type(content).__name__}")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.cli import Config, option
-from support.files import load_strictly, read_tensors
+from support.files import load_strictly, read_checkpoint
 from support.hub import WEIGHTS, fetch, make_config, present, read_json, rename
 
 TOY_ENCODER = Path(__file__).parent / "toy" / "weights" / "text"
@@ -246,7 +246,7 @@ class T5Encoder(nn.Module):
         if weights is None or not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder}: a text encoder's folder must hold {CONFIG} and "
                                     f"{' or '.join(WEIGHTS.split('|')[::2])}")
-        state = {name: tensor for name, tensor in read_tensors(weights).items()
+        state = {name: tensor for name, tensor in read_checkpoint(weights).items()
                  if name.startswith(("shared.", "encoder."))}  # the decoder and the language-model head are not used
         same = state.pop("encoder.embed_tokens.weight", None)  # shared.weight once more; one of them may be left out
         if same is not None:

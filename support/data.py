@@ -243,22 +243,16 @@ def encode_captions(encoder, captions, batch=64):
             yield caption, row[keep].half().cpu()
 
 
-def identities(codec, encoder):
-    """What codes, texts and models are tied to: the weights of codec and text encoder, and the tokenizer's pieces."""
-    pieces = encoder.tokenizer.model.serialized_model_proto() if encoder.tokenizer else b""
-    return {"codec_id": fingerprint(codec), "text_encoder_id": fingerprint(encoder, pieces)}
-
-
 def encode(entries, codec, encoder, seconds, cache_dir="cache", device="cpu"):
     """Fill both caches with what `entries` need -> (audio by key, text by caption, {key: why it cannot be read})."""
-    ids, length, bad = identities(codec, encoder), round(seconds * codec.sample_rate), {}
+    length, bad = round(seconds * codec.sample_rate), {}
     if length < 1:
         raise ValueError(f"clips of {seconds:g} s hold no sample")
     by_key = {entry.key: entry for entry in entries}
-    audio = fill_cache(Path(cache_dir, f"codes-{ids['codec_id']}-{codec.n_codebooks}x{length}.pt"), by_key,
+    audio = fill_cache(Path(cache_dir, f"codes-{fingerprint(codec)}-{codec.n_codebooks}x{length}.pt"), by_key,
                        partial(encode_audio, by_key, codec, length, device, bad))
     captions = dict.fromkeys(entry.caption for entry in entries if entry.key in audio)
-    text = fill_cache(Path(cache_dir, f"text-{ids['text_encoder_id']}.pt"), captions, partial(encode_captions, encoder))
+    text = fill_cache(Path(cache_dir, f"text-{fingerprint(encoder)}.pt"), captions, partial(encode_captions, encoder))
     return audio, text, bad
 
 

@@ -12,16 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from support.hub import beside, fetch
+from support.hub import beside, fetch, rename
 from torch import nn
 
 from masking import causal_attention_mask, delay_codes, undelay
 from support.audiocraft import read_settings
 from support.cli import Config, option
-from support.files import Companions, load_strictly, read_checkpoint
+from support.files import Companions, check_tensors, load_strictly, read_checkpoint
 
 OBJECTIVES = ("magnet", "ar", "hybrid")
-
 
 @dataclass
 class ModelConfig(Config):
@@ -271,10 +270,10 @@ TOY_MODELS = {"toy": "magnet.pt", "toy-ar": "ar.pt", "toy-hybrid": "hybrid.pt"} 
 PUBLISHED_MODELS = tuple(f"facebook/{name}" for name in (
     "magnet-small-10secs", "magnet-medium-10secs", "magnet-small-30secs", "magnet-medium-30secs", "audio-magnet-small",
     "audio-magnet-medium", "musicgen-small", "musicgen-medium", "musicgen-large"))
-AUDIOCRAFT_NAMES = (  # AudioCraft's name of a tensor -> ours
-    ("condition_provider.conditioners.description.output_proj", "text_proj"), ("transformer.layers", "blocks"),
-    ("cross_attention.out_proj", "cross_attn.out"), ("self_attn.in_proj_weight", "self_attn.qkv.weight"),
-    ("self_attn.out_proj", "self_attn.out"), ("linears", "heads"))
+TENSOR_NAMES = (  # ours -> AudioCraft's, see `support.hub.rename`
+    ("text_proj", "condition_provider.conditioners.description.output_proj"), ("blocks", "transformer.layers"),
+    ("cross_attn.out", "cross_attention.out_proj"), ("self_attn.qkv.weight", "self_attn.in_proj_weight"),
+    ("self_attn.out", "self_attn.out_proj"), ("heads", "linears"), ("cross_attn.q.", "cross_attention.in_proj_"))
 
 
 def load_model(name_or_path, device="cpu", dtype=torch.float32):
@@ -295,7 +294,7 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     content = read_checkpoint(path)
     try:
         if isinstance(content, dict) and "best_state" in content:
-            config, state, companions = read_audiocraft(content, path.parent)
+            config, state, companions = read_audiocraft(content, path)
             scales = None
         else:
             config = ModelConfig(**content["model_config"])
@@ -310,17 +309,14 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     return model.eval().requires_grad_(False), companions
 
 
-def read_audiocraft(content, folder):
-    """A published `state_dict.bin` in `folder`: (ModelConfig, state dict with our names, Companions)."""
-    settings, state = read_settings(content["xp.cfg"]), {}
-    for name, tensor in content["best_state"].items():
-        for theirs, ours in AUDIOCRAFT_NAMES:
-            name = name.replace(theirs, ours)
-        if name.endswith("cross_attention.in_proj_weight"):  # q, k and v stacked; ours keeps q apart
-            prefix = name.replace("cross_attention.in_proj_weight", "cross_attn")
-            state[f"{prefix}.q.weight"], state[f"{prefix}.kv.weight"] = tensor.tensor_split([tensor.shape[0] // 3])
-        else:
-            state[name] = tensor
+def read_audiocraft(content, path):
+    """What a published `state_dict.bin` holds: (ModelConfig, state dict with our names, Companions)."""
+    settings, folder = read_settings(content["xp.cfg"], path), path.parent
+    ours = [(published, name) for name, published in TENSOR_NAMES]
+    state = {rename(name, ours): tensor for name, tensor in check_tensors(content["best_state"], path).items()}
+    for name in [name for name in state if name.endswith("cross_attn.q.weight")]:  # q, k and v stacked: q is apart here
+        stacked = state[name]
+        state[name], state[name.replace(".q.", ".kv.")] = stacked.tensor_split([len(stacked) // 3])
     config = ModelConfig(text_dim=state["text_proj.weight"].shape[1], **settings.model)
     codec, has_t5 = folder / "compression_state_dict.bin", (folder / "spiece.model").is_file()
     return config, state, Companions(

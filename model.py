@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from support.hub import beside, fetch, rename
 from torch import nn
 
 from masking import causal_attention_mask, delay_codes, undelay
 from support.audiocraft import read_settings
 from support.cli import Config, option
 from support.files import Companions, check_tensors, load_strictly, read_checkpoint
+from support.hub import beside, fetch, rename
 
 OBJECTIVES = ("magnet", "ar", "hybrid")
 

@@ -307,7 +307,7 @@ def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer
     return codes[:, stage]
 
 
-# ----------------------------------------------------------------------------- autoregressively, and every kind of model
+# ---------------------------------------------------------------------------- autoregressively, and every kind of model
 
 def decode_autoregressively(model, codes, text, text_mask, n_positions, config, streams, on_step=None):
     """[Eq. 1, App. D] Write the mask tokens of codes (B, K, T) from left to right, in the first `n_positions` delayed
@@ -365,7 +365,7 @@ def check_arguments(model, text, codes, config, rescorer):
     if codes.dim() != 3 or codes.shape[1] != K or codes.shape[2] < 1 or text is not None and len(text) != len(codes):
         raise ValueError(f"codes have shape {tuple(codes.shape)}; want a row for each text, {K} codebooks, some frames")
     if codes.min() < 0 or codes.max() > model.mask_id or not masked.equal(masked[:1, :1].expand_as(masked)):
-        raise ValueError(f"codes must be below {model.mask_id}, or {model.mask_id} (masked) in the same frames of each row")
+        raise ValueError(f"codes must be below {model.mask_id}, or {model.mask_id} (masked) in the same frames of a row")
     if kind != "magnet" and masked[0, 0].int().diff().lt(0).any():
         raise ValueError(f"only a MAGNeT can fill in a gap (--inpaint); this model's objective is {kind}")
     if rescorer is not None and kind == "ar":
@@ -404,7 +404,7 @@ def main():
     size, overlap = window_size(request, model.config.seconds, codec.frame_rate)
     parts = windows(known[0, 0] != model.mask_id, size, overlap)  # slices of frames
     if len(parts) > 1:
-        say(f"made in windows of {model.config.seconds:g} s, each continues {overlap / codec.frame_rate:g} s of the last")
+        say(f"made in windows of {model.config.seconds:g} s, each continues {overlap / codec.frame_rate:g} s of it")
     negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
     batches = [(clips[i:i + BATCH], *encoder.encode_text([clip.prompt for clip in clips[i:i + BATCH]]))
                for i in range(0, len(clips), BATCH)]

@@ -316,7 +316,7 @@ def new_model(config, codec, encoder):
 
 
 def world_entries(world, n_clips, split, seconds):
-    """Entries of a synthesised data set; the key holds a hash of its source, so that a changed world is encoded anew."""
+    """Entries of a synthesised data set; keys hold a hash of its source, so that a changed world is encoded anew."""
     version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()
     return [Entry(f"{split} {i}", f"{version}-{split}-0-{i}",
                   lambda tell, i=i: iter([world.example(i, split, 0, seconds)[0]]), world.describe(i, split, 0)[1])

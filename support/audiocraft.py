@@ -6,7 +6,8 @@ from support.hub import read_yaml
 
 FIXED = {  # settings that our network does not vary: name -> (ours, what another value means)
     "codebooks_pattern.delay.flatten_first": (0, "a flattened beginning"),
-    "codebooks_pattern.delay.empty_initial": (0, "an empty beginning"), "channels": (1, "a stereo model"), "fuser.sum": ([], "a condition that is added"),
+    "codebooks_pattern.delay.empty_initial": (0, "an empty beginning"),
+    "channels": (1, "a stereo model"), "fuser.sum": ([], "a condition that is added"),
     "fuser.prepend": ([], "a melody-conditioned model"), "fuser.cross": (["description"], "another condition"),
     "fuser.cross_attention_pos_emb": (False, "cross_attention_pos_emb"),
     "transformer_lm.positional_embedding": ("sin", "rotary embeddings"),
@@ -34,7 +35,7 @@ class Settings:
 
 
 def read_settings(text, path):
-    """YAML text of the file `path` -> `Settings`. KeyError: a setting is missing; ValueError: not one of our network."""
+    """YAML text of the file `path` -> `Settings`. KeyError: a setting is missing; ValueError: it is not supported."""
     settings = read_yaml(text, path)
     for name, (ours, other) in FIXED.items():
         if settings.get(name, ours) != ours:

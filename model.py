@@ -2,8 +2,7 @@
 
 One pre-norm transformer serves all codebook levels ("stages"): the first attends everywhere, the later ones only to a
 few frames on either side. The same class is the autoregressive model and the hybrid one, with other attention masks.
-It leaves out everything that only large-scale training needs, and the text encoder: its input is T5's output, projected
-here to the model's width.
+The text comes in as T5's output and is projected here to the model's width.
 """
 
 import math
@@ -47,8 +46,8 @@ def attention(q, k, v, may_attend=None):
     """[Sec. 2] softmax(q k^T / sqrt(D)) v over the keys where `may_attend` is True; every query must have one.
 
     q: (..., T, D); k, v: (..., keys, D); may_attend: bool, broadcast to (..., T, keys). The last three lines are the
-    formula. torch's fused kernel computes the same, faster, but when training on a CPU in half precision, where it is
-    several times slower on sequences of a few hundred (`python -m experiments.bench`).
+    formula; torch's fused kernel computes the same, faster but when training on a CPU in half precision
+    (`python -m experiments.bench`).
     """
     if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
@@ -144,9 +143,8 @@ def text_attention_mask(text_mask, text_len):
     """Which text positions a clip attends to: (B, L) bool, True at tokens -> (B, 1, 1, L) bool, None where it is all.
 
     They are its own tokens, and padding up to `text_len`: padded positions take part as zero keys and values, as
-    released, but never more of them because another text of the batch is long. The null condition, which has no token,
-    has nothing but zeros to attend to, so that its attention gives zero whatever it attends to.
-    Deviation: the released code pads every text to the longest of its batch, which changes the music of the others.
+    released. The null condition has only zeros to attend to, which give zero. Deviation: the released code pads every
+    text to the longest of its batch, and so changes the music of the others.
     """
     L = text_mask.shape[1]
     n_tokens = text_mask.sum(dim=1, keepdim=True)  # (B, 1)

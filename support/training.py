@@ -112,7 +112,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.path = Path(flags.out) / "checkpoint.pt"
         if state:
-            load_strictly(self.model, state["model"], self.path)
             load_strictly(self.ema, state["ema"], self.path)
             try:
                 self.optimizer.load_state_dict(state["optimizer"])

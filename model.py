@@ -168,10 +168,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, text=None, text_mask=None, mask=None, context=None, cache=None):
-        """x: (B, T, C); the rest as in `SelfAttention` and `CrossAttention`; text None is the null condition."""
+        """x: (B, T, C); the rest as in `SelfAttention` and `CrossAttention`. Clips beyond the rows of `text` have the null
+        condition, whose cross-attention is zero."""
         x = x + self.dropout(self.self_attn(self.norm1(x), mask, context, cache))
         if text is not None:
-            x = x + self.dropout(self.cross_attn(self.norm_cross(x), text, text_mask, cache))
+            x, null = x.tensor_split([len(text)])
+            x = torch.cat([x + self.dropout(self.cross_attn(self.norm_cross(x), text, text_mask, cache)), null])
         return x + self.dropout(self.linear2(F.gelu(self.linear1(self.norm2(x)))))
 
 
@@ -210,9 +212,9 @@ class MAGNeT(nn.Module):
     def forward(self, codes, stage, text=None, text_mask=None, mask=None, cache=None):
         """Logits of codebook `stage` at every frame: (B, T, card) float32; of all codebooks, (B, K, T, card), if None.
 
-        codes: (B, K, T) long, mask tokens in place (`masking.mask_codes`); stage: 0-based codebook; text: (B, L,
-        text_dim), T5's output, and text_mask (B, L) bool, True at tokens; text None, or a row without a token, is the
-        null condition. Who attends to whom: all to all at stage 0, later those within the restricted context; or as
+        codes: (B, K, T) long, mask tokens in place (`masking.mask_codes`); stage: 0-based codebook; text: (B or less, L,
+        text_dim), T5's output, and text_mask bool, True at tokens; clips without a row of text, or whose row has no
+        token, have the null condition. Who attends to whom: all to all at stage 0, later those within the restricted context; or as
         `mask` says, (T, T) or (B, T, T) bool, True = may attend; or causally, where `cache`, one `Cache` per block,
         holds the positions before these.
         """

@@ -77,29 +77,28 @@ def annealed_temperature(step, steps, start):
 
 # ------------------------------------------------------------------------------------------------------------- guidance
 
-def with_null_condition(text, text_mask, negative=None):
-    """[Sec. 3.3] B prompts, then as many null conditions, which have no token, or `negative` ones (text, mask) instead.
+def with_negative(text, text_mask, negative):
+    """B prompts, then as many negative ones in place of the null condition.
 
     text: (B, L, text_dim), text_mask: (B, L), those of `negative` with 1 or B rows -> (2B, L', text_dim), (2B, L').
     """
-    null, null_mask = negative or (text * 0, text_mask & False)
-    L = max(text.shape[1], null.shape[1])
-    null, null_mask = null.to(text).expand(len(text), -1, -1), null_mask.to(text_mask).expand(len(text), -1)
-    return (torch.cat([F.pad(x, (0, 0, 0, L - x.shape[1])) for x in (text, null)]),
-            torch.cat([F.pad(x, (0, L - x.shape[1])) for x in (text_mask, null_mask)]))
+    other, other_mask = (x.to(text.device).expand(len(text), *x.shape[1:]) for x in negative)
+    L = max(text.shape[1], other.shape[1])
+    return (torch.cat([F.pad(x, (0, 0, 0, L - x.shape[1])) for x in (text, other)]),
+            torch.cat([F.pad(x, (0, L - x.shape[1])) for x in (text_mask, other_mask)]))
 
 
 def guided_logits(model, codes, stage, text, text_mask, scale, mask=None, cache=None):
     """[Sec. 3.3] Classifier-free guidance: uncond + scale * (cond - uncond), shaped as the model's logits.
 
-    codes: (B, K, T) with mask tokens; text, text_mask: from `with_null_condition`, both halves run as one batch; where
-    the scale makes one of them irrelevant it is skipped. Without a text, the unguided logits of the null condition.
-    ValueError if the logits are not finite.
+    codes: (B, K, T) with mask tokens; text, text_mask: of B prompts, the null condition is none at all, or of 2B, from
+    `with_negative`. Both halves run as one batch; where the scale makes one of them irrelevant it is skipped. Without a
+    text, the unguided logits of the null condition. ValueError if the logits are not finite.
     """
     B = len(codes)
     if text is None or scale in (0, 1):
         half = slice(B) if scale == 1 else slice(B, None)
-        text, text_mask = (None, None) if text is None else (text[half], text_mask[half])
+        text, text_mask = (None, None) if text is None or not len(text[half]) else (text[half], text_mask[half])
         logits = model(codes, stage, text, text_mask, mask, cache)
     else:
         cond, uncond = model(codes.repeat(2, 1, 1), stage, text, text_mask, mask, cache).chunk(2)
@@ -342,7 +341,8 @@ def generate(model, text, text_mask, codes, config=None, streams=None, negative=
     check_arguments(model, text, codes, config, rescorer)
     codes, streams = codes.to(model.out_norm.weight.device), streams or clip_streams(0, range(B))
     if text is not None:
-        text, text_mask = (x.to(codes.device) for x in with_null_condition(text, text_mask.bool(), negative))
+        text, text_mask = text.to(codes.device), text_mask.to(codes.device).bool()
+        text, text_mask = (text, text_mask) if negative is None else with_negative(text, text_mask, negative)
     prompt = None
     if kind != "magnet":
         n_given = int((codes[0, 0] != model.mask_id).sum())

@@ -65,7 +65,7 @@ def test_fetch_completes_a_folder_with_files_of_the_same_version(local_hub):
     put(local_hub.folder / NAME, config__json=b"{}", spiece__model=b"")
     first = fetch(NAME, "config.json")
     local_hub.commit = "d" * 40
-    assert fetch(NAME, "config.json", "spiece.model") == first
+    assert fetch(NAME, "spiece.model", "config.json") == first
     assert {path.name for path in first.iterdir()} == {"config.json", "spiece.model"}
 
 

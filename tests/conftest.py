@@ -96,6 +96,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if "/resolve/" in self.path:
             self.server.served.append(re.sub("/resolve/[^/]*/", "/", self.path[1:]))
+            self.server.token = self.headers.get("Authorization")
         self.do_HEAD()
         self.wfile.write(self.content[:self.server.cut_at])
 
@@ -113,7 +114,8 @@ def use_hub(monkeypatch, url):
 def local_hub(offline, tmp_path, monkeypatch):
     """A hub on 127.0.0.1 that serves the files of its `folder` (owner/name/file), and an empty cache for them.
 
-    `served` lists what it sent ("owner/name/file"); `cut_at` breaks files off at that byte; `commit` is the newest.
+    `served` lists what it sent ("owner/name/file"); `cut_at` breaks files off at that byte; `commit` is the newest;
+    `token` is the header by which the last one to fetch a file was known.
     """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.folder, server.served, server.cut_at, server.commit = tmp_path / "remote", [], None, "c" * 40

@@ -16,7 +16,7 @@ from torch import nn
 from masking import causal_attention_mask, delay_codes, undelay
 from support.audiocraft import read_settings
 from support.cli import Config, option
-from support.files import Companions, check_tensors, load_strictly, read_checkpoint
+from support.files import Companions, NoInit, check_tensors, load_strictly, read_checkpoint
 from support.hub import beside, fetch, rename
 
 OBJECTIVES = ("magnet", "ar", "hybrid")
@@ -168,7 +168,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, text=None, text_mask=None, mask=None, context=None, cache=None):
-        """x: (B, T, C); the rest as in `SelfAttention` and `CrossAttention`. Clips beyond the rows of `text` have the null
+        """x: (B, T, C), the rest as in `SelfAttention`, `CrossAttention`; clips without a row of `text` have the null
         condition, whose cross-attention is zero."""
         x = x + self.dropout(self.self_attn(self.norm1(x), mask, context, cache))
         if text is not None:
@@ -212,11 +212,11 @@ class MAGNeT(nn.Module):
     def forward(self, codes, stage, text=None, text_mask=None, mask=None, cache=None):
         """Logits of codebook `stage` at every frame: (B, T, card) float32; of all codebooks, (B, K, T, card), if None.
 
-        codes: (B, K, T) long, mask tokens in place (`masking.mask_codes`); stage: 0-based codebook; text: (B or less, L,
-        text_dim), T5's output, and text_mask bool, True at tokens; clips without a row of text, or whose row has no
-        token, have the null condition. Who attends to whom: all to all at stage 0, later those within the restricted context; or as
-        `mask` says, (T, T) or (B, T, T) bool, True = may attend; or causally, where `cache`, one `Cache` per block,
-        holds the positions before these.
+        codes: (B, K, T) long, mask tokens in place (`masking.mask_codes`); stage: 0-based codebook; text: (B or less,
+        L, text_dim), T5's output, and text_mask bool, True at tokens: clips without a row, or without a token in it,
+        have the null condition. Who attends to whom: all to all at stage 0, later those within the restricted context;
+        or as `mask` says, (T, T) or (B, T, T) bool, True = may attend; or causally, where `cache`, one `Cache` per
+        block, holds the positions before these.
         """
         B, K, T = codes.shape
         if K != self.config.n_codebooks or not (stage is None or 0 <= stage < K):
@@ -300,7 +300,7 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
             config = ModelConfig(**content["model_config"])
             state, scales = content["ema"], content.get("scales")
             companions = Companions(**{key: content[key] for key in vars(Companions("", "")) if key in content})
-        with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
+        with torch.device("meta"), NoInit():
             model = MAGNeT(config)
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, ValueError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import support.cli
 from support.cli import Config, option
-from support.files import read_tensors
+from support.files import read_checkpoint
 from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, read_json, read_yaml, rename
 
 NAME = "google-t5/some-model"
@@ -58,7 +58,7 @@ def test_fetch_brings_the_parts_that_an_index_lists(local_hub):
     put(local_hub.folder / NAME, model__safetensors__index__json=json.dumps({"weight_map": parts}).encode())
     for name, tensor in tensors.items():
         save_file({name: tensor}, local_hub.folder / NAME / parts[name])
-    assert read_tensors(fetch(NAME, WEIGHTS) / "model.safetensors.index.json") == tensors
+    assert read_checkpoint(fetch(NAME, WEIGHTS) / "model.safetensors.index.json") == tensors
 
 
 def test_fetch_completes_a_folder_with_files_of_the_same_version(local_hub):

@@ -3,8 +3,10 @@
 import hashlib
 import http.server
 import re
+import resource
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,3 +173,18 @@ def assert_one_line(ended, *words):
     assert len(lines) == 1 and ": error: " in lines[0], ended.err
     for word in words:
         assert word in lines[0]
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(size):` no file can be written beyond so many bytes, as on a disk with no more room."""
+    @contextmanager
+    def full_disk(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full_disk

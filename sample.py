@@ -22,7 +22,7 @@ from masking import cosine_schedule, delay_codes, hybrid_attention_mask, mask_co
 from model import Cache, load_model
 from support.audio import save_audio
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, pick_dtype, run, say
-from support.request import Request, known_codes, plan_clips, window_size, windows
+from support.request import Request, known_codes, plan_clips, windows
 from t5_encoder import T5Encoder
 
 BATCH = 16  # clips that are decoded together
@@ -391,13 +391,9 @@ def main():
     if request.rescorer is not None and config.rescorer_weight > 0:
         rescorer, needs = load_model(request.rescorer, device, dtype)
         needs.check(codec, encoder)
-    say(model)
     start = time.perf_counter()
     known, n_samples = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
-    size, overlap = window_size(request, model.config.seconds, codec.frame_rate)
-    parts = windows(known[0, 0] != model.mask_id, size, overlap)  # slices of frames
-    if len(parts) > 1:
-        say(f"made in windows of {model.config.seconds:g} s that overlap by {overlap / codec.frame_rate:g} s")
+    parts = windows(known[0, 0] != model.mask_id, model.config.seconds, request.overlap, codec.frame_rate)
     negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
     batches = [clips[i:i + BATCH] for i in range(0, len(clips), BATCH)]
     texts = [encoder.encode_text([clip.prompt for clip in batch]) for batch in batches]
@@ -414,7 +410,7 @@ def main():
                 save_audio(clip.path, codec.decode(row[None])[..., :n_samples], codec.sample_rate)
                 say(f"wrote {clip.path}  {clip.prompt}  (again: --seed {request.seed} --only {clip.number})")
     elapsed, total = time.perf_counter() - start, n_samples / codec.sample_rate * len(clips)
-    say(f"{elapsed:.1f} s on {device} for {total:g} s of audio: real-time factor {elapsed / total:.2f}")
+    say(f"{model}\n{elapsed:.1f} s on {device} for {total:g} s of audio: real-time factor {elapsed / total:.2f}")
 
 
 if __name__ == "__main__":

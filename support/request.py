@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from support.audio import check_audio_path, load_audio
-from support.cli import DTYPES, Config, option
+from support.cli import DTYPES, Config, option, say
 
 
 @dataclass
@@ -63,15 +63,6 @@ def plan_clips(request, prompts):
     return clips
 
 
-def window_size(request, clip_seconds, frame_rate):
-    """The frames of a window, which is as long as the training clips, and those that it repeats of the one before."""
-    overlap = clip_seconds / 3 if request.overlap is None else request.overlap
-    if not overlap < clip_seconds:
-        raise ValueError(f"--overlap must be less than the {clip_seconds:g} s of a window, not {overlap:g}")
-    size = math.ceil(round(clip_seconds * frame_rate, 6))
-    return size, min(round(overlap * frame_rate), size - 1)
-
-
 def known_codes(request, codec, seconds, mask_id):
     """What is there before decoding: codes (1, K, T), masked where something is to be made, and the samples in all."""
     if request.inpaint is not None:
@@ -93,17 +84,24 @@ def known_codes(request, codec, seconds, mask_id):
     return codes, n_samples
 
 
-def windows(given, size, overlap):
-    """Where to put windows of `size` frames that fill in what is not `given` (T,): a list of slices of frames.
+def windows(given, seconds, overlap=None, frame_rate=1):
+    """Where to put windows of `seconds`, as the training clips are, that fill in what is not `given` (T,): a list of
+    slices of frames.
 
-    Each begins `overlap` frames before the first frame still open, so that it continues what is there; the last is
-    moved back to end with the clip. A gap that fits is put in the middle of its window, in sight of both sides.
+    Each begins `overlap` seconds (a third of a window, if None) before the first frame still open, so that it continues
+    what is there; the last is moved back to end with the clip. A gap that fits is put in the middle of its window, in
+    sight of both sides.
 
     >>> [window.start for window in windows(torch.zeros(25, dtype=torch.bool), 10, 4)]
     [0, 6, 12, 15]
     >>> windows((torch.arange(25) < 12) | (torch.arange(25) >= 16), 10, 4)
     [slice(9, 19, None)]
     """
+    overlap = seconds / 3 if overlap is None else overlap
+    if not overlap < seconds:
+        raise ValueError(f"--overlap must be less than the {seconds:g} s of a window, not {overlap:g}")
+    size = math.ceil(round(seconds * frame_rate, 6))
+    overlap = min(round(overlap * frame_rate), size - 1)
     given, slices = given.clone(), []
     while not given.all():
         first = int(given.int().argmin())
@@ -112,4 +110,6 @@ def windows(given, size, overlap):
         start = max(0, min(first - before, len(given) - size))
         slices.append(slice(start, start + size))
         given[slices[-1]] = True
+    if len(slices) > 1:
+        say(f"made in {len(slices)} windows of {seconds:g} s that overlap by {overlap / frame_rate:g} s")
     return slices

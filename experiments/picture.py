@@ -2,9 +2,9 @@
 
     python -m experiments.picture
 
-Rows are decoding steps, columns are frames. A step samples all that is hidden, keeps the spans it is surest of and
-hides the others again. Strong colours are probable tokens; the probability is the tempered one that the spans are
-ranked by, so it rises as the temperature falls. Beside it: the share of spans hidden when a step begins [Eq. 3].
+A step (row) samples all hidden frames (columns), keeps the most probable spans and hides the others again. Strong
+colours are probable tokens; it is the tempered probability that the spans are ranked by, and so rises as the
+temperature falls. Beside it: the share of spans that are hidden when a step begins [Eq. 3].
 """
 
 import matplotlib
@@ -20,10 +20,9 @@ from t5_encoder import T5Encoder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
-from matplotlib.colors import to_rgb  # noqa: E402
 
 PROMPT = "a slow deep flute plays a rising melody, with drums"
-COLOURS = {"kept": "#0072b2", "just sampled, and kept": "#d55e00", "hidden (sampled, but hidden again)": "#e4e4e4"}
+COLOURS = {"kept": "#0072b2", "just sampled, and kept": "#d55e00", "sampled, then hidden again": "#e4e4e4"}
 
 
 def record():
@@ -38,9 +37,9 @@ def record():
 
 
 def image(hidden, confidence):
-    """The colour of each frame after each step (steps, T, 3), by the probability of its token when it was sampled."""
+    """The colour of each frame after each step (steps, T, 3), by the probability of its token when sampled."""
     again = np.vstack([hidden[1:], hidden[:1] & False])
-    kept, sampled, grey = (np.array(to_rgb(colour)) for colour in COLOURS.values())
+    kept, sampled, grey = (np.array(matplotlib.colors.to_rgb(colour)) for colour in COLOURS.values())
     picture, sure = np.tile(grey, (*hidden.shape, 1)), np.zeros(hidden.shape[1])
     for step, now in enumerate(hidden):
         sure = np.where(now, confidence[step], sure)
@@ -51,8 +50,7 @@ def image(hidden, confidence):
 
 def main():
     Parser(description="draw one decode of the shipped model").parse_args()
-    rows = record()
-    shown = min(rows), max(rows)
+    shown = min(rows := record()), max(rows)
     figure, panels = plt.subplots(2, 2, figsize=(8, 4.8), sharey="row", layout="constrained", gridspec_kw={
         "width_ratios": (5, 1), "height_ratios": [len(rows[stage][0]) + 3 for stage in shown]})
     for (left, right), stage in zip(panels, shown, strict=True):
@@ -62,8 +60,8 @@ def main():
         left.set_yticks([0, *range(4, steps, 5)], [1, *range(5, steps + 1, 5)])
         right.plot([mask_rate(step, steps) for step in range(steps)], range(steps), "o-", color="black", markersize=3)
         right.set(title="mask rate", xlim=(0, 1.08), xticks=(0, 0.5, 1))
-    figure.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()], COLOURS, ncols=3,
-                  loc="outside upper center", frameon=False)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    figure.legend(patches, COLOURS, ncols=3, loc="outside upper center", frameon=False)
     figure.savefig(path := RESULTS / "decoding.png", dpi=150)
     print(f"wrote {path}: {path.stat().st_size / 1000:.0f} kB")
 

@@ -15,7 +15,7 @@ from support.cli import Parser
 
 ROOT = Path(__file__).parent.parent
 FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/README.md"))]
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("[a-z]*/README.md"))]
 
 
 def commands(text):

@@ -1,34 +1,100 @@
-"""The README's claims about names: every function and every test that it points to is there."""
+"""What the READMEs name is there: commands and their flags, files, functions, tests, lines `Deviation:`.
+
+Read in this order: the front page; then what holds for every page.
+"""
 
 import importlib
 import re
+import shlex
+from functools import lru_cache
 from pathlib import Path
 
+import pytest
+
+from support.cli import Parser
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = ("masking", "model", "decoding", "autoregressive", "objectives", "sample", "hub", "train", "data",
-           "t5_encoder", "encodec_wrap", "cli")
+FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("[a-z]*/README.md"))]
 
 
-def test_readme_names_functions_that_exist():
-    named = re.findall(rf"`({'|'.join(MODULES)})\.(\w+)`", README)
-    assert len(named) > 15
-    for module, name in named:
-        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+def commands(text):
+    """The `python ...` and `torchrun ...` commands in a page, continued lines joined, comments gone: lists of words."""
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join([*blocks, *re.findall(r"`(python [^`]*)`", text)]).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if re.match(r"(\S*/)?(python|torchrun) ", line)]
+    return [line for line in words if "-m" not in line or line[2] not in ("pytest", "venv")]
 
 
-def test_readme_names_tests_that_exist():
+@lru_cache
+def flags_of(module):
+    """The flags of a module's command line, read from the parser that its `main` makes."""
+    known = set()
+
+    class Stop(Exception):
+        pass
+
+    def stop(parser, *args):
+        known.update(flag for action in parser._actions for flag in action.option_strings)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in Parser.__mro__[:2]:
+            patch.setattr(kind, "parse_args", stop, raising=False)
+        with pytest.raises(Stop):
+            importlib.import_module(module).main()
+    return known
+
+
+def test_the_front_page_is_short_and_begins_with_a_picture_and_the_two_commands():
+    assert len(FRONT.splitlines()) <= 200
+    places = [FRONT.index(text) for text in ("decoding.png", "make demo", "make test", "## Six files")]
+    assert places == sorted(places)
+
+
+def test_the_front_page_says_that_published_files_were_not_tried_before_it_says_how_to_use_them():
+    assert FRONT.index("have not been tried here") < FRONT.index("--model facebook/")
+
+
+def test_the_paper_table_names_functions_and_tests_that_exist():
+    rows = [line.split("|")[1:-1] for line in FRONT.splitlines() if line.count("|") == 4 and "`test_" in line]
     source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
     defined = set(re.findall(r"def (test_\w+)", source))
-    named = re.findall(r"`(test_\w+)`", README)
-    assert len(named) > 10
-    assert set(named) <= defined
+    assert len(rows) >= 15
+    for _, functions, tests in rows:
+        assert re.findall(r"`(test_\w+)`", tests)
+        assert set(re.findall(r"`(test_\w+)`", tests)) <= defined, tests
+        for name in re.findall(r"`([\w.]+)`", functions):
+            owner, *attributes = re.fullmatch(r"(support\.\w+|\w+)\.([\w.]+)", name).groups()
+            thing = importlib.import_module(owner)
+            for attribute in attributes[0].split("."):
+                assert hasattr(thing, attribute), name
+                thing = getattr(thing, attribute)
 
 
-def test_readme_names_files_that_exist():
-    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert linked and all((ROOT / path).exists() for path in linked)
+def test_the_front_page_lists_every_line_that_says_deviation():
+    section = FRONT[FRONT.index("## Deviations"):FRONT.index("## What is not here")]
+    in_code = [path.name for path in ROOT.glob("*.py") for _ in re.findall(r"Deviation:", path.read_text("utf-8"))]
+    one_line_for_two = 1  # both of `decode_stage`
+    assert section.count("\n- ") == len(in_code) - one_line_for_two
 
 
-def test_readme_begins_with_the_two_commands():
-    assert README.index("make demo") < README.index("make test") < 1500
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_shows_commands_and_flags_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for words in commands(text):
+        script = next(word for word in words if word.endswith(".py")) if "-m" not in words else words[2]
+        module = script.removesuffix(".py")
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), words
+        flags = [word for word in words[words.index(script) + 1:] if word.startswith("--")]
+        inner = [word for flag in flags if " " in flag for word in flag.split() if word.startswith("--")]
+        assert {flag for flag in flags if " " not in flag} <= flags_of(module), words
+        assert set(inner) <= flags_of("train"), words  # as --train-flags holds them
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_links_to_files_that_exist(page):
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert linked
+    for path in linked:
+        assert (ROOT / page).parent.joinpath(path).exists(), path

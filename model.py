@@ -250,6 +250,8 @@ class MAGNeT(nn.Module):
 
         codes: (B, K, T); those of later codebooks may be mask tokens. For autoregressive and hybrid models.
         """
+        if self.config.objective == "magnet":
+            raise ValueError("a MAGNeT cannot rescore: want an autoregressive or hybrid model")
         delayed = delay_codes(codes, self.mask_id)  # (B, K, T + K)
         logits = self(delayed, None, text, text_mask, mask=causal_attention_mask(*[delayed.shape[2]] * 2))
         probs = undelay(logits, shift=-1)[:, stage].softmax(dim=-1)  # (B, T, card)

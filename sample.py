@@ -393,6 +393,7 @@ def main():
         needs.check(codec, encoder)
     start = time.perf_counter()
     known, n_samples = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
+    check_arguments(model, None, known, config, rescorer)
     parts = windows(known[0, 0] != model.mask_id, model.config.seconds, request.overlap, codec.frame_rate)
     negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
     batches = [clips[i:i + BATCH] for i in range(0, len(clips), BATCH)]

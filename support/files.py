@@ -71,9 +71,9 @@ def read_checkpoint(path, keys=()):
             zipped = zipfile.is_zipfile(path)
             damaged = zipfile.ZipFile(path).testzip() if zipped else None  # torch does not look at the checksums
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except OSError:
-        raise
     except Exception as error:  # there is no one type for "not such a file"
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(f"{path}: cannot be read as a checkpoint; it is damaged or something else") from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if damaged or missing:

@@ -33,6 +33,7 @@ ATTRIBUTES = {
 
 # The split "unseen_pairs": these instruments never play these melodies in training, so that a model which does it on
 # request has composed two things it knows, not remembered one. Every single value still occurs in training.
+PAIR = ("instrument", "melody")
 UNSEEN_PAIRS = {("flute", "falling"), ("organ", "arpeggio"), ("bell", "rising"), ("chip", "repeated")}
 
 STEPS = {  # semitones above the key note, played round and round, one note per beat

@@ -1,4 +1,4 @@
-"""Two small worlds of music to train on, `toy` and `tunes`, and what is trained for each: a codec, a judge, a text encoder.
+"""Two small worlds of music, `toy` and `tunes`, and what is trained for each: a codec, a judge, a text encoder.
 
 A world is a module with ATTRIBUTES, PAIR and UNSEEN_PAIRS (which two attributes are never paired so in training),
 SPLITS, SAMPLE_RATE, SECONDS, `combinations`, `describe`, `example`, `render` and `caption`.

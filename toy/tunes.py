@@ -1,4 +1,4 @@
-"""The tunes world: windows of real melodies, played on sampled instruments, each with a caption that says what is heard.
+"""The tunes world: windows of real melodies on sampled instruments, each with a caption that says what can be heard.
 
 The melodies are traditional: reels, hornpipes and jigs of Ireland and Scotland and folk songs of Germany, in ABC, from
 the corpus that music21 brings along. symusic reads them, tinysoundfont plays them through the General MIDI soundfont of
@@ -19,14 +19,9 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import soxr
 
-from toy.tunebook import corpus, folder_of
-
-try:
-    import tinysoundfont
-except ImportError:  # `folder_of` says so when a clip is asked for
-    tinysoundfont = None
+from toy.band import accompany, beats_of, loudness, play, swing
+from toy.tunebook import corpus
 
 SAMPLE_RATE = 16_000
 SECONDS = 4.0
@@ -43,12 +38,11 @@ PAIR = ("instrument", "dance")
 UNSEEN_PAIRS = {("flute", "waltz"), ("fiddle", "song"), ("piano", "hornpipe"), ("trumpet", "jig"),
                 ("clarinet", "reel")}  # these instruments never play these dances in training
 SPLITS = ("train", "valid", "test", "unseen")  # unseen: the held-out pairs, on test tunes
+FRESH = {"split": "test"}  # what `render` is told for clips of tunes that nothing was trained on
 UNSAID = 0.1  # each attribute is left out of so many training captions
 
 PROGRAMS = {"flute": 73, "fiddle": 40, "harmonium": 20, "piano": 0, "banjo": 105, "clarinet": 71, "trumpet": 56,
             "vibraphone": 11}  # General MIDI, from 0
-CELLO, BASS, GUITAR, DRUMS = 42, 32, 25, -1
-KICK, SNARE, HAT = 36, 38, 42  # keys of the drums
 RATES = {"slow": (1.6, 2.8), "medium": (3.2, 4.4), "fast": (5.0, 7.6)}  # notes of the melody per second
 USUAL_RATES = {  # where within these bands a dance is played: (slow, medium, fast)
     "reel": (2.5, 4.1, 6.8), "hornpipe": (2.4, 3.9, 6.0), "jig": (2.4, 4.0, 6.3), "waltz": (2.0, 3.6, 5.4),
@@ -111,7 +105,7 @@ def choose(attributes, rng, seconds, split):
         inside = (onsets >= start) & (onsets < start + seconds / tick)
         if not low <= inside.sum() / seconds <= high or onsets[-1] + lengths[-1] < start + 0.95 * seconds / tick:
             continue
-        held = np.bincount((pitches[inside] - tune["tonic"]) % 12, lengths[inside], minlength=12) / lengths[inside].sum()
+        held = np.bincount((pitches[inside] - tune["tonic"]) % 12, lengths[inside] / lengths[inside].sum(), 12)
         mean = np.average(pitches[inside], weights=lengths[inside])
         moves = [move for move in range(-36, 37) if abs(mean + move - PITCHES[attributes["register"]]) < 3]
         if held[third] > max(0.06, 4 * held[7 - third]) and held[[0, third, 7]].sum() > 0.4 and held[0] > 0.08:
@@ -119,106 +113,41 @@ def choose(attributes, rng, seconds, split):
     raise ValueError(f"no window of the {split} tunes is {', '.join(attributes.values())}, {seconds:g} s long")
 
 
-def swing(dance, units):
-    """Onsets in running notes from a bar line on, as dancers want them: hornpipes long-short, jigs long-short-middle."""
-    group, places = {"hornpipe": (2, (0, 1.28, 2)), "jig": (3, (0, 1.15, 1.9, 3))}.get(dance, (1, (0, 1)))
-    return units // group * group + np.interp(units % group, np.arange(group + 1), places)
-
-
-def harmony(degrees, lengths, mode):
-    """The chord of the key that holds most of a bar's notes, semitones above the tonic: (root, third, fifth)."""
-    chords = [(0, 4, 7), (5, 9, 12), (7, 11, 14)] if mode == "major" else [(0, 3, 7), (5, 8, 12), (10, 14, 17)]
-    return max(chords, key=lambda chord: lengths[np.isin(degrees, np.mod(chord, 12))].sum() + (chord[0] == 0))
-
-
-def accompany(kind, tune, start, end, rng):
-    """What sounds beside the melody from tick `start` to `end`: {program: notes (n, 4) of onset, length, pitch, loudness
-    (0 to 1)}. The beats of a bar go bass, chord(, chord), or kick, snare(, snare).
-    """
-    bar, tonic = tune["bar"], 36 + (tune["tonic"] - 4) % 12  # E1 to D#2
-    beats = 3 if tune["dance"] == "waltz" else 2 if tune["dance"] == "jig" or bar == 960 and tune["dance"] == "song" else 4
-    bass, chords, drums = [], [], []
-    if kind == "drone":
-        return {CELLO: np.array([(start, end - start, tonic + 12 + step, 0.7) for step in (0, 7)])}
-    onsets, lengths, pitches = tune["notes"].T
-    for line in np.arange(tune["first"] - bar, end, bar):
-        inside = (onsets >= line) & (onsets < line + bar)
-        chord = harmony((pitches[inside] - tune["tonic"]) % 12, lengths[inside], tune["mode"])
-        for beat in range(beats):
-            onset, length, strong = line + beat * bar / beats, bar / beats, beat == 0 or beats == 4 and beat == 2
-            drums.append((onset, length, KICK if strong else SNARE, 0.8 if strong else 0.6))
-            drums += [(onset + length * i / 2, length / 2, HAT, 0.5) for i in range(2)] if tune["dance"] != "jig" else [
-                (onset + length * i / 3, length / 3, HAT, 0.5) for i in range(3)]
-            if strong or tune["dance"] == "jig":
-                bass.append((onset, length * 0.9, tonic + chord[0 if beat == 0 else 2] % 12, 0.8))
-            if not strong or tune["dance"] == "jig":
-                late = 2 * length / 3 if tune["dance"] == "jig" else 0
-                chords += [(onset + late, (length - late) * 0.8, tonic + 12 + step, 0.6) for step in chord]
-    return {"chords": {BASS: np.array(bass), GUITAR: np.array(chords)}, "percussion": {DRUMS: np.array(drums)}}[kind]
-
-
-@lru_cache(1)
-def synthesizer():
-    """(tinysoundfont's synthesizer at twice our sample rate, the number of the General MIDI soundfont in it)."""
-    path = folder_of("pretty_midi") / "TimGM6mb.sf2"
-    synth = tinysoundfont.Synth(samplerate=2 * SAMPLE_RATE)
-    return synth, synth.sfload(str(path))
-
-
-def play(program, notes, samples):
-    """Play notes (n, 4) of onset and end in seconds, MIDI pitch and velocity -> (samples,) at 16 kHz."""
-    synth, font = synthesizer()
-    synth.sounds_off()
-    synth.generate_simple(2 * SAMPLE_RATE)  # whatever still fades away from the clip before
-    synth.program_select(0, font, 128 if program == DRUMS else 0, max(program, 0), program == DRUMS)
-    events = [(time, on, int(pitch), int(velocity)) for onset, end, pitch, velocity in notes
-              for time, on, in ((onset, True), (end, False))]
-    parts, now = [], 0
-    for time, on, pitch, velocity in [*sorted(events), (samples / SAMPLE_RATE, False, 0, 0)]:
-        then = min(max(now, round(time * 2 * SAMPLE_RATE)), 2 * samples)
-        if then > now:
-            parts.append(np.frombuffer(synth.generate_simple(then - now), np.float32).reshape(-1, 2).mean(axis=1))
-        now = then
-        synth.noteon(0, pitch, velocity) if on else synth.noteoff(0, pitch)
-    return soxr.resample(np.concatenate(parts), 2 * SAMPLE_RATE, SAMPLE_RATE)[:samples]
-
-
 def render(attributes, rng, seconds=SECONDS, split="train"):
     """Play a clip with these attributes, of a tune of this split: -> (S,) float32 in [-1, 1], S = seconds * 16000."""
     n = round(seconds * SAMPLE_RATE)
-    tune, start, tick, move = choose(attributes, rng, seconds, split)
-    end = start + seconds / tick
-    group = tune["bar"] / (2 if tune["dance"] == "jig" else 3 if tune["dance"] == "waltz" else 4)  # ticks per accent
-    unit = group / (3 if tune["dance"] == "jig" else 2)  # ticks per running note
-
-    def place(ticks):
-        units = (ticks - tune["first"]) / unit
-        return (swing(tune["dance"], units) * unit + tune["first"] - start) * tick
-
-    def perform(notes, jitter, transpose):
-        onset, length, pitch, loud = notes[(notes[:, 0] >= start) & (notes[:, 0] < end)].T
-        late = rng.normal(0, jitter, len(onset))
-        velocity = (127 * loud + rng.normal(0, 5, len(onset))).clip(30, 127)
-        onset, end_ = place(onset) + late, place(onset + length) + late
-        return np.stack([onset.clip(min=0), onset + (end_ - onset) * 0.93, pitch + transpose, velocity], axis=1)
-
-    onset, length, pitch = tune["notes"].T
-    accent = 0.68 + 0.2 * ((onset - tune["first"]) % group == 0)
-    wav = play(PROGRAMS[attributes["instrument"]],
-               perform(np.stack([onset, length, pitch, accent], axis=1), 0.008, move), n)
-    wav = wav / loudness(wav)
-    if attributes["accompaniment"] != "none":
-        key = (move + 6) % 12 - 6
-        for program, notes in accompany(attributes["accompaniment"], tune, start, end, rng).items():
-            part = play(program, perform(notes, 0.005, 0 if program == DRUMS else key), n)
-            wav = wav + part / loudness(part) * 10 ** (rng.uniform(-9, -6) / 20)
+    parts = score(attributes, rng, seconds, split)
+    solo = play(PROGRAMS[attributes["instrument"]], parts.pop("melody"), n)
+    wav = solo / loudness(solo)
+    for program, notes in parts.items():
+        part = play(program, notes, n)
+        wav = wav + part / loudness(part) * 10 ** (rng.uniform(-9, -6) / 20)
     wav = wav / np.abs(wav).max() + rng.standard_normal(n) * 10 ** rng.uniform(-3.2, -2.4)  # the room: -64 to -48 dB
     return (wav / np.abs(wav).max() * rng.uniform(0.6, 0.9)).astype(np.float32)
 
 
-def loudness(wav):
-    """Root mean square of a clip (S,), above 0."""
-    return max(1e-6, float(np.sqrt(np.mean(np.square(wav)))))
+def score(attributes, rng, seconds=SECONDS, split="train"):
+    """The notes of a clip: {"melody" or a program: (n, 4) of onset and end in seconds, MIDI pitch and velocity}."""
+    tune, start, tick, move = choose(attributes, rng, seconds, split)
+    end = start + seconds / tick
+    group = tune["bar"] / beats_of(tune)  # ticks per beat
+    unit = group / (3 if tune["dance"] == "jig" else 2)  # ticks per running note
+
+    def place(ticks):
+        return (swing(tune["dance"], (ticks - tune["first"]) / unit) * unit + tune["first"] - start) * tick
+
+    def perform(notes, jitter):
+        onset, length, pitch, loud = notes[(notes[:, 0] >= start) & (notes[:, 0] < end)].T
+        late = rng.normal(0, jitter, len(onset))
+        velocity = (127 * loud + rng.normal(0, 5, len(onset))).clip(30, 127)
+        first, last = (place(x) + late for x in (onset, onset + length))
+        return np.stack([first.clip(min=0), first + (last - first) * 0.93, pitch, velocity], axis=1)
+
+    onset, length, pitch = tune["notes"].T
+    accent = 0.68 + 0.2 * ((onset - tune["first"]) % group == 0)
+    parts = {"melody": perform(np.stack([onset, length, pitch + move, accent], axis=1), 0.008)}
+    beside = accompany(attributes["accompaniment"], tune, (tune["tonic"] + move) % 12, start, end)
+    return parts | {program: perform(notes, 0.005) for program, notes in beside.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ captions
@@ -227,7 +156,8 @@ WORDS = {
     "instrument": {
         "flute": ("flute", "wooden flute", "transverse flute"), "fiddle": ("fiddle", "violin", "folk fiddle"),
         "harmonium": ("harmonium", "reed organ", "pump organ"), "piano": ("piano", "acoustic piano", "grand piano"),
-        "banjo": ("banjo", "plucked banjo", "folk banjo"), "clarinet": ("clarinet", "mellow clarinet", "woody clarinet"),
+        "banjo": ("banjo", "plucked banjo", "folk banjo"),
+        "clarinet": ("clarinet", "mellow clarinet", "woody clarinet"),
         "trumpet": ("trumpet", "brass trumpet", "bright trumpet"),
         "vibraphone": ("vibraphone", "vibes", "ringing vibraphone")},
     "dance": {

@@ -46,6 +46,7 @@ BEATS = {"slow": 40, "medium": 25, "fast": 16}  # frames per beat: 75, 120, 188 
 KEYS = {"low": (150, 175, 200), "mid": (350, 375, 400, 425), "high": (850, 900, 950, 1000)}  # Hz
 
 SPLITS = ("train", "valid", "unseen")  # valid: training combinations, other clips; unseen: the held-out pairs
+FRESH = {}  # what `render` is told for clips that nothing was trained on: they are all new
 
 
 def combinations(split):

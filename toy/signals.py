@@ -47,6 +47,18 @@ def note_pitches(wav, start=0.06, seconds=0.15):
     return np.array([pitch(wav[start:start + n]) for start in starts if start + n <= len(wav)])
 
 
+def melody(wav, window=1024, hop=320, shortest=3):
+    """The pitches that a melody alone goes through, as MIDI numbers, each different from the one before: (notes,).
+
+    The pitch is taken every `hop` samples; a note lasts for `shortest` of them at least, or is a slip of the measure.
+    """
+    track = [pitch(wav[start:start + window]) for start in range(0, len(wav) - window + 1, hop)]
+    track = np.round(69 + 12 * np.log2(np.maximum(track, 1) / 440)).astype(int)
+    runs = np.split(track, np.flatnonzero(np.diff(track)) + 1)
+    notes = np.array([run[0] for run in runs if len(run) >= shortest and run[0] > 0], dtype=int)
+    return notes[np.diff(notes, prepend=-1) != 0]
+
+
 def read_tempo(wav):
     gaps = np.diff(onsets(wav))
     rate = 1 / np.median(gaps) if len(gaps) else 0.0

@@ -149,7 +149,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
              repeated=8, rescorer=None, rescorer_weight=0.5, data="toy", judge=None):
     """All numbers for the model called `name`, as one dictionary of plain types.
 
-    data: its world; judge: a judge's file, if not the one that ships for this world; n: prompts; swaps: pairs of prompts
+    data: its world; judge: a judge's file, if not the one that ships for the world; n: prompts; swaps: pairs of prompts
     with one word swapped; floors: whether real clips and their codec reconstructions are read as well, and what is
     memorised is measured; losses: whether to measure the validation cross-entropy; seed: of the sampling; repeated:
     prompts that are played four times each, for the diversity; rescorer: name of a second model to rescore.

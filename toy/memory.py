@@ -13,7 +13,7 @@ import torch
 from toy import signals
 from toy.tunebook import corpus
 
-LENGTH = 7  # intervals in a run, that is 8 notes
+LENGTH = 7  # intervals in a run: 8 notes
 
 
 def runs(pitches, length=LENGTH):

@@ -47,7 +47,7 @@ def note_pitches(wav, start=0.06, seconds=0.15):
     return np.array([pitch(wav[start:start + n]) for start in starts if start + n <= len(wav)])
 
 
-def melody(wav, window=1024, hop=320, shortest=3):
+def melody(wav, window=640, hop=320, shortest=3):
     """The pitches that a melody alone goes through, as MIDI numbers, each different from the one before: (notes,).
 
     The pitch is taken every `hop` samples; a note lasts for `shortest` of them at least, or is a slip of the measure.

@@ -56,6 +56,7 @@ def tunes_of(split, dance, mode):
     return [tune for tune in corpus() if (tune["split"], tune["dance"], tune["mode"]) == (split, dance, mode)]
 
 
+@lru_cache
 def combinations(split):
     """All attribute dictionaries of a split, in a fixed order. There are no minor hornpipes: the books hold four."""
     if split not in SPLITS:
@@ -78,7 +79,7 @@ def describe(index, split="train", seed=0):
     """
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     rows = combinations(split)
-    attributes = rows[rng.integers(len(rows))]
+    attributes = dict(rows[rng.integers(len(rows))])
     keep = rng.random(len(attributes)) >= (UNSAID if split == "train" else 0)
     said = {name: value for (name, value), kept in zip(attributes.items(), keep, strict=True) if kept}
     return attributes, caption(said or attributes, rng), rng

@@ -84,7 +84,8 @@ def play(program, notes, samples):
     for time, on, pitch, velocity in [*sorted(events), (samples / SAMPLE_RATE, False, 0, 0)]:
         then = min(max(now, round(time * 2 * SAMPLE_RATE)), 2 * samples)
         if then > now:
-            parts.append(np.frombuffer(synth.generate_simple(then - now), np.float32).reshape(-1, 2).mean(axis=1))
+            stereo = np.frombuffer(synth.generate_simple(then - now), np.float32)
+            parts.append((stereo[::2] + stereo[1::2]) / 2)
         now = then
         synth.noteon(0, pitch, velocity) if on else synth.noteoff(0, pitch)
     return soxr.resample(np.concatenate(parts), 2 * SAMPLE_RATE, SAMPLE_RATE)[:samples]

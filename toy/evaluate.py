@@ -26,7 +26,7 @@ from encodec_wrap import load_codec
 from model import load_model
 from sample import BATCH, SamplingConfig, check_kind, generate_as_trained, load_rescorer
 from t5_encoder import T5Encoder
-from toy import WORLDS, memory, world, world_of
+from toy import WORLDS, memory, signals, world, world_of
 from toy.judge import load_judge
 from train import precision, validate
 
@@ -187,7 +187,8 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
             clips = [place.example(i, split, SEED, model.config.seconds)[0] for i in range(half)]
             wavs["real"] = torch.from_numpy(np.stack(clips))
             wavs["codec"] = in_parts(lambda codes: codec.decode(codes.to(device))[:, 0].cpu(), code(wavs["real"]))
-            alone = torch.tensor([row.get("accompaniment") == "none" for row, _ in prompts])
+            (solo, none), bells = signals.SOLO[data]
+            alone = torch.tensor([row[solo] == none and row["instrument"] != bells for row, _ in prompts])
             for who, what in (("model", "model"), ("test tunes", "codec")):
                 heard[who].append((wavs[what], code(wavs[what]), alone))
         for what in embeddings:

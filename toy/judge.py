@@ -39,7 +39,7 @@ class Ears:
     n_mels: int = 64  # a multiple of 8
 
 
-EARS = {"toy": Ears(), "tunes": Ears(n_fft=2048, n_mels=128)}
+EARS = {"toy": Ears(), "tunes": Ears(n_fft=2048, hop=400, n_mels=128)}
 
 
 class Judge(nn.Module):

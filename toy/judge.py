@@ -128,9 +128,9 @@ def smudge(image):
     return (image + control.transpose(1, 2) + speckle).clamp(min=FLOOR)
 
 
-def through_codec(wav, name="toy"):
-    """Clips (n, S) as the codec writes and reads them: (n, S) float16."""
-    codec = load_codec(name)
+def through_codec(wav, path):
+    """Clips (n, S) as the codec in a file writes and reads them: (n, S) float16."""
+    codec = load_codec(path)
     parts = tqdm(wav.split(8), desc="through the codec")
     return torch.cat([codec.decode(codec.encode(part[:, None].float()))[:, 0].half() for part in parts])
 
@@ -170,7 +170,7 @@ def train(args):
     torch.manual_seed(args.seed)
     wav, labels = draw_clips(args.clips, args.seed, args.data)
     if args.through_codec:
-        wav = torch.cat([wav, through_codec(wav[:args.through_codec], args.codec or args.data)])
+        wav = torch.cat([wav, through_codec(wav[:args.through_codec], args.codec)])
         labels = torch.cat([labels, labels[:args.through_codec]])
     judge = Judge(world_of(args.data).ATTRIBUTES, EARS[args.data])
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
@@ -205,9 +205,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", nargs="?", const=True, help="do not train, check the judge that ships, or this file")
     args = parser.parse_args()
+    args.codec = args.codec or weights_of(args.data) / "codec.pt"
     judge = load_judge((args.data if args.check is True else args.check) if args.check else train(args))
     wav, labels = draw_clips(500, args.seed + 1, args.data, **world_of(args.data).FRESH)
-    coded = accuracy(judge, through_codec(wav, args.codec or args.data), labels)
+    coded = accuracy(judge, through_codec(wav, args.codec), labels)
     for name, share in accuracy(judge, wav, labels).items():
         print(f"{name:13} {share:.1%} of 500 fresh clips read right, {coded[name]:.1%} of them through the codec")
     for name, (n, shares) in cross_check(judge, wav, labels, args.data).items():

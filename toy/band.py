@@ -67,7 +67,7 @@ def accompany(kind, tune, key, start, end):
 @lru_cache(1)
 def synthesizer():
     """(tinysoundfont's synthesizer at twice our sample rate, the number of the General MIDI soundfont in it)."""
-    path = folder_of("pretty_midi") / "TimGM6mb.sf2"
+    path = folder_of("tinysoundfont") and folder_of("pretty_midi") / "TimGM6mb.sf2"
     synth = tinysoundfont.Synth(samplerate=2 * SAMPLE_RATE)
     return synth, synth.sfload(str(path))
 

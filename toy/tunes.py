@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cli import run
 from toy.band import accompany, beats_of, loudness, play, swing
 from toy.tunebook import corpus
 
@@ -210,4 +211,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -40,7 +40,7 @@ from t5_encoder import T5Encoder
 
 MASK_RATES = (0.25, 0.5, 0.75, 1.0)  # at which validation measures
 VALIDATED = {"magnet": MASK_RATES, "ar": ("ar",), "hybrid": (*MASK_RATES, "ar")}  # what it measures of each codebook
-WORLDS = {"toy": "toy.world", "tunes": "toy.tunes"}  # data sets that are synthesised
+WORLDS = ("toy", "tunes")  # data sets that are synthesised, see `toy`
 STATE_KEYS = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id", "model", "ema",
               "optimizer", "scaler", "step", "rng")
 
@@ -344,7 +344,7 @@ def load_clips(config, flags, codec, encoder, device):
     """The training and validation `Clips`, encoded into the cache where they are not there yet."""
     entries = None
     if config.data in WORLDS:
-        world, n_valid = importlib.import_module(WORLDS[config.data]), max(1, config.toy_clips // 20)
+        world, n_valid = importlib.import_module("toy").world_of(config.data), max(1, config.toy_clips // 20)
         entries = [world_entries(world, n, split, config.seconds) for n, split in
                    ((config.toy_clips, "train"), (n_valid, "valid"))]
     return load_data(config.data, codec, encoder, config.seconds, flags.cache, config.audio_key, config.caption_key,

@@ -481,7 +481,7 @@ def test_wilson_interval_holds_the_share_and_narrows_with_n():
 def test_plain_measures_read_tempo_register_and_melody_of_an_organ():
     """The judge is judged by what nothing was learned for."""
     plain = {"instrument": "organ", "melody": "rising", "tempo": "medium", "register": "mid", "drums": "off"}
-    for name, measure in READERS.items():
+    for name, measure in READERS["toy"].items():
         for value in ATTRIBUTES[name]:
             assert measure(render(plain | {name: value}, np.random.default_rng(1))) == value, (name, value)
 

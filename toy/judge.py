@@ -1,15 +1,17 @@
-"""The judge: a small network that listens to a toy clip and says which instrument, melody, tempo, register and drums it
-hears; its last hidden layer serves as the embedding for a Frechet audio distance.
+"""The judge: a small network that listens to a clip and says which value of each attribute of its world it hears; its
+last hidden layer serves as the embedding for a Frechet audio distance.
 
-It is trained on synthesised clips of all attribute combinations, with random loudness, shifts, noise and tone. Some of
-them it also hears through the toy codec, so as not to take the codec's hiss for a drum; the clips that it judges later
-are others, and what a model made it never hears.
+It is trained on clips of all attribute combinations, with random loudness, shifts, noise and tone. Some of them it also
+hears through the world's codec, so as not to take the codec's hiss for a drum; the clips that it judges later are
+others, of other tunes where there are tunes, and what a model made it never hears.
 
     python -m toy.judge --out runs/judge            # train
     python -m toy.judge --check    # how well the shipped judge reads fresh clips, and whether plain measures agree
+    python -m toy.judge --data tunes --clips 16000 --steps 6000 --out runs/tunes_judge
 """
 
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +23,50 @@ from tqdm import tqdm, trange
 from encodec_wrap import load_codec
 from support.cli import Parser, run
 from support.files import load_strictly, read_checkpoint, save_whole
-from toy import signals
+from toy import WORLDS, signals, weights_of, world, world_of
 from toy.mel import log_mel, mel_spectrogram
-from toy.world import ATTRIBUTES, SAMPLE_RATE, combinations, render
 
-WEIGHTS = Path(__file__).parent / "weights" / "judge.pt"
 FLOOR = math.log(1e-2)  # of `log_mel`
 
 
-class Judge(nn.Module):
-    """A convolutional network on log-mel spectrograms with one linear reader per attribute."""
+@dataclass
+class Ears:
+    """The spectrograms that a judge reads; keys and modes want a finer one than the toy world has to have."""
 
-    def __init__(self, width=48, embedding=96):
+    sample_rate: int = world.SAMPLE_RATE
+    n_fft: int = 1024
+    hop: int = 256
+    n_mels: int = 64  # a multiple of 8
+
+
+EARS = {"toy": Ears(), "tunes": Ears(n_fft=2048, hop=400, n_mels=128)}
+
+
+class Judge(nn.Module):
+    """A convolutional network on log-mel spectrograms with one linear reader per attribute.
+
+    attributes: {name: values}, those of a world.
+    """
+
+    def __init__(self, attributes=world.ATTRIBUTES, ears=EARS["toy"], width=48, embedding=96):
         super().__init__()
+        self.attributes, self.ears = attributes, ears
         channels = (1, width // 2, width, width)
         self.images = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels, channels[1:], strict=False))
         self.norms = nn.ModuleList(nn.GroupNorm(4, b) for b in channels[1:])
-        self.squeeze = nn.Conv1d(width * 8, 2 * width, 1)
+        self.squeeze = nn.Conv1d(width * ears.n_mels // 8, 2 * width, 1)
         self.times = nn.ModuleList(nn.Conv1d(2 * width, 2 * width, 5, padding=2) for _ in range(3))
         self.hidden = nn.Linear(4 * width, embedding)
-        self.readers = nn.ModuleDict({name: nn.Linear(embedding, len(values)) for name, values in ATTRIBUTES.items()})
+        self.readers = nn.ModuleDict({name: nn.Linear(embedding, len(values)) for name, values in attributes.items()})
+
+    def image(self, wav):
+        """Audio (B, S) at 16 kHz -> log-mel spectrograms (B, mels, frames)."""
+        return log_mel(mel_spectrogram(wav, *vars(self.ears).values()))
 
     def embed(self, wav):
         """Audio (B, S) at 16 kHz -> embeddings (B, E)."""
-        return self.embed_image(log_mel(mel_spectrogram(wav, SAMPLE_RATE)))
+        return self.embed_image(self.image(wav))
 
     def embed_image(self, image):
         """Log-mel spectrograms (B, mels, frames) -> embeddings (B, E)."""
@@ -64,28 +85,29 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def read(self, wav):
-        """Audio (B, S) -> (B, 5) long: the index of the value heard, in the order of `ATTRIBUTES`."""
-        logits = self(log_mel(mel_spectrogram(wav, SAMPLE_RATE)))
+        """Audio (B, S) -> (B, attributes) long: the index of the value heard of each attribute."""
+        logits = self(self.image(wav))
         return torch.stack([x.argmax(dim=1) for x in logits.values()], dim=1)
 
 
-def load_judge(path=WEIGHTS):
-    """The shipped judge, in eval mode."""
-    judge = Judge()
+def load_judge(name_or_path="toy"):
+    """The judge that ships for a world, "toy" or "tunes", or that of a file; in eval mode."""
+    path = weights_of(name_or_path) / "judge.pt" if name_or_path in WORLDS else Path(name_or_path)
     content = read_checkpoint(path, ("judge",))
+    judge = Judge(content.get("attributes", world.ATTRIBUTES), Ears(**content.get("ears", {})))
     load_strictly(judge, {name: tensor.float() for name, tensor in content["judge"].items()}, path)
     return judge.eval().requires_grad_(False)
 
 
-def draw_clips(n, seed):
-    """`n` clips of random combinations: (wav (n, S), labels (n, 5))."""
-    rng = np.random.default_rng([seed, 99])
-    rows = combinations("train") + combinations("unseen")
+def draw_clips(n, seed, name="toy", **tunes):
+    """`n` clips of random combinations: (wav (n, S) float16, labels (n, attributes)); `tunes` goes to `render`."""
+    place, rng = world_of(name), np.random.default_rng([seed, 99])
+    rows = place.combinations("train") + place.combinations("unseen")
     wavs, labels = [], []
     for _ in trange(n, desc="synthesis"):
         attributes = rows[rng.integers(len(rows))]
-        wavs.append(torch.from_numpy(render(attributes, rng)).half())
-        labels.append([values.index(attributes[name]) for name, values in ATTRIBUTES.items()])
+        wavs.append(torch.from_numpy(place.render(attributes, rng, **tunes)).half())
+        labels.append([values.index(attributes[name]) for name, values in place.ATTRIBUTES.items()])
     return torch.stack(wavs), torch.tensor(labels)
 
 
@@ -106,51 +128,57 @@ def smudge(image):
     return (image + control.transpose(1, 2) + speckle).clamp(min=FLOOR)
 
 
-def through_codec(wav, name="toy"):
-    """Clips (n, S) as the codec writes and reads them: (n, S) float16."""
-    codec = load_codec(name)
+def through_codec(wav, path):
+    """Clips (n, S) as the codec in a file writes and reads them: (n, S) float16."""
+    codec = load_codec(path)
     parts = tqdm(wav.split(8), desc="through the codec")
     return torch.cat([codec.decode(codec.encode(part[:, None].float()))[:, 0].half() for part in parts])
 
 
 def accuracy(judge, wav, labels):
-    """{attribute: share read right} over clips (n, S) with labels (n, 5)."""
+    """{attribute: share read right} over clips (n, S) with labels (n, attributes)."""
     read = torch.cat([judge.read(part.float()) for part in wav.split(50)])
-    return dict(zip(ATTRIBUTES, (read == labels).float().mean(dim=0).tolist(), strict=True))
+    return dict(zip(judge.attributes, (read == labels).float().mean(dim=0).tolist(), strict=True))
 
 
-def cross_check(judge, wav, labels):
-    """How often plain signal measures and the judge agree on clips without drums: {attribute: (n, three shares)}.
+def cross_check(judge, wav, labels, name="toy"):
+    """How often plain signal measures and the judge agree on clips of nothing but a melody: {attribute: (n, 3 shares)}.
 
-    The shares: the measure reads what was played, the judge reads it, and both read the same. A bell's partials are no
-    multiples of one pitch, so that its register is not asked of the measure.
+    The shares: the measure reads what was played, the judge reads it, and both read the same. The partials of bells are
+    no multiples of one pitch, so that their register is not asked of the measure.
     """
-    names, result = list(ATTRIBUTES), {}
-    for name, measure in signals.READERS.items():
-        rows = labels[:, names.index("drums")] == ATTRIBUTES["drums"].index("off")
-        if name == "register":
-            rows &= labels[:, names.index("instrument")] != ATTRIBUTES["instrument"].index("bell")
-        truth = labels[rows, names.index(name)]
-        heard = torch.cat([judge.read(part.float()) for part in wav[rows].split(50)])[:, names.index(name)]
-        measured = torch.tensor([ATTRIBUTES[name].index(measure(x.float().numpy())) for x in wav[rows]])
+    attributes, result = judge.attributes, {}
+    names = list(attributes)
+    (solo, alone), bells = signals.SOLO[name]
+
+    def rows_of(attribute, value):
+        return labels[:, names.index(attribute)] == attributes[attribute].index(value)
+
+    for what, measure in signals.READERS[name].items():
+        rows = rows_of(solo, alone)
+        if what == "register":
+            rows &= ~rows_of("instrument", bells)
+        truth = labels[rows, names.index(what)]
+        heard = torch.cat([judge.read(part.float()) for part in wav[rows].split(50)])[:, names.index(what)]
+        measured = torch.tensor([attributes[what].index(measure(x.float().numpy())) for x in wav[rows]])
         pairs = (measured, truth), (heard, truth), (measured, heard)
-        result[name] = int(rows.sum()), [(a == b).float().mean().item() for a, b in pairs]
+        result[what] = int(rows.sum()), [(a == b).float().mean().item() for a, b in pairs]
     return result
 
 
 def train(args):
     torch.manual_seed(args.seed)
-    wav, labels = draw_clips(args.clips, args.seed)
+    wav, labels = draw_clips(args.clips, args.seed, args.data)
     if args.through_codec:
-        wav = torch.cat([wav, through_codec(wav[:args.through_codec])])
+        wav = torch.cat([wav, through_codec(wav[:args.through_codec], args.codec)])
         labels = torch.cat([labels, labels[:args.through_codec]])
-    judge = Judge()
+    judge = Judge(world_of(args.data).ATTRIBUTES, EARS[args.data])
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.steps, pct_start=0.1)
     bar = trange(args.steps)
     for _ in bar:
         rows = torch.randint(len(wav), (32,))
-        image = log_mel(mel_spectrogram(disturb(wav[rows].float()), SAMPLE_RATE))
+        image = judge.image(disturb(wav[rows].float()))
         logits = judge(smudge(image))
         loss = sum(F.cross_entropy(x, y) for x, y in zip(logits.values(), labels[rows].T, strict=True))
         optimizer.zero_grad(set_to_none=True)
@@ -159,27 +187,33 @@ def train(args):
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}")
-    save_whole({"judge": {name: tensor.half() for name, tensor in judge.state_dict().items()}}, args.out / "judge.pt")
+    content = {"judge": {name: tensor.half() for name, tensor in judge.state_dict().items()}}
+    if args.data != "toy":  # the toy judge's file says nothing of itself
+        content |= {"attributes": judge.attributes, "ears": asdict(judge.ears)}
+    save_whole(content, args.out / "judge.pt")
     return args.out / "judge.pt"
 
 
 def main():
-    parser = Parser(description="train or check the toy judge")
+    parser = Parser(description="train or check the judge of a world")
+    parser.add_argument("--data", choices=WORLDS, default="toy")
     parser.add_argument("--out", type=Path, default=Path("runs/judge"))
     parser.add_argument("--clips", type=int, default=6000)
-    parser.add_argument("--through-codec", type=int, default=2000, help="clips to hear through the toy codec as well")
+    parser.add_argument("--codec", help="a codec's file; default: the one that ships for the world")
+    parser.add_argument("--through-codec", type=int, default=2000, help="clips to hear through the codec as well")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", action="store_true", help="do not train, check the shipped weights")
+    parser.add_argument("--check", nargs="?", const=True, help="do not train, check the judge that ships, or this file")
     args = parser.parse_args()
-    judge = load_judge(WEIGHTS if args.check else train(args))
-    wav, labels = draw_clips(500, args.seed + 1)
-    coded = accuracy(judge, through_codec(wav), labels)
+    args.codec = args.codec or weights_of(args.data) / "codec.pt"
+    judge = load_judge((args.data if args.check is True else args.check) if args.check else train(args))
+    wav, labels = draw_clips(500, args.seed + 1, args.data, **world_of(args.data).FRESH)
+    coded = accuracy(judge, through_codec(wav, args.codec), labels)
     for name, share in accuracy(judge, wav, labels).items():
-        print(f"{name:10} {share:.1%} of 500 fresh clips read right, {coded[name]:.1%} of them through the codec")
-    for name, (n, shares) in cross_check(judge, wav, labels).items():
+        print(f"{name:13} {share:.1%} of 500 fresh clips read right, {coded[name]:.1%} of them through the codec")
+    for name, (n, shares) in cross_check(judge, wav, labels, args.data).items():
         measured, heard, alike = (f"{share:.1%}" for share in shares)
-        print(f"{name:10} of {n} clips without drums: a plain measure {measured}, judge {heard}, the same {alike}")
+        print(f"{name:13} of {n} clips of a melody alone: a plain measure {measured}, judge {heard}, the same {alike}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the toy world's EnCodec: 16 kHz, 50 frames per second, K = 4 codebooks, on toy music or yours.
+"""Train an EnCodec of 16 kHz, 50 frames per second, K = 4 codebooks for the toy world, the tunes, or your music.
 
 The losses are EnCodec's without its discriminators: L1 in time, distances between mel spectrograms at several
 resolutions, linear and logarithmic, and the quantizer's commitment loss. The first two, taken relative to the target,
@@ -7,12 +7,14 @@ by moving averages; entries that die are put back on real latents here. Latents 
 that k-means, which starts the codebooks, sees an encoder that already encodes something.
 
     python -m toy.train_codec --out runs/codec --minutes 30
+    python -m toy.train_codec --data tunes --out runs/tunes_codec --minutes 80 --bf16
     python -m toy.train_codec --data my_music --out runs/my_codec --minutes 120    # any folder of audio files
 """
 
 import csv
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,15 +23,37 @@ from tqdm import tqdm, trange
 from encodec_wrap import Codec, CodecConfig
 from support.audio import load_audio
 from support.cli import Parser, run
+from toy import WORLDS, world_of
 from toy.mel import log_mel, mel_spectrogram
-from toy.world import FRAME_RATE, SAMPLE_RATE, SECONDS, example
+from toy.world import FRAME_RATE, SAMPLE_RATE, SECONDS
 
 UNQUANTIZED_STEPS, UNQUANTIZED_SHARE = 1500, 0.2  # whichever is over first; a share of the steps or the minutes
 
 
-def toy_clips(n):
-    """`n` clips of the toy world: (n, S) float16."""
-    return torch.stack([torch.from_numpy(example(i, "train", seed=1)[0]).half() for i in trange(n, desc="synthesis")])
+@dataclass
+class Recipe:
+    """What differs between a small tuned world and real sounds: the network's size and what its loss compares.
+
+    resolutions: (n_fft, mel bands) of each spectrogram; weights: of the three reconstruction losses.
+    """
+
+    codec: CodecConfig
+    resolutions: tuple = ((256, 64), (512, 64), (1024, 64), (2048, 64))
+    weights: tuple = (10.0, 10.0, 1.0)
+
+
+RECIPES = {
+    "toy": Recipe(CodecConfig()),
+    "tunes": Recipe(CodecConfig(codebook_size=1024, dimension=128, n_filters=16),
+                    ((128, 16), (256, 32), (512, 64), (1024, 128), (2048, 256)), (3.0, 10.0, 3.0)),
+}
+
+
+def world_clips(name, n):
+    """`n` training clips of a world: (n, S) float16."""
+    world = world_of(name)
+    clips = (world.example(i, "train", seed=1)[0] for i in trange(n, desc="synthesis"))
+    return torch.stack([torch.from_numpy(clip).half() for clip in clips])
 
 
 def folder_clips(folder, n, seconds):
@@ -60,14 +84,14 @@ def draw_cuts(clips, n, seconds):
     return torch.stack([clips[row, start:start + samples] for row, start in zip(rows, starts, strict=True)]).float()
 
 
-def reconstruction_losses(wav, target):
+def reconstruction_losses(wav, target, resolutions=RECIPES["toy"].resolutions):
     """(B, S) twice -> relative L1 in time and between mel spectrograms, L1 between log-mel spectrograms."""
     time_loss = (wav - target).abs().mean() / target.abs().mean()
     linear_loss = log_loss = 0.0
-    for n_fft in (256, 512, 1024, 2048):
-        a, b = (mel_spectrogram(x, SAMPLE_RATE, n_fft, n_fft // 4) for x in (wav, target))
-        linear_loss = linear_loss + (a - b).abs().mean() / b.mean() / 4
-        log_loss = log_loss + (log_mel(a) - log_mel(b)).abs().mean() / 4
+    for n_fft, mels in resolutions:
+        a, b = (mel_spectrogram(x, SAMPLE_RATE, n_fft, n_fft // 4, mels) for x in (wav, target))
+        linear_loss = linear_loss + (a - b).abs().mean() / b.mean() / len(resolutions)
+        log_loss = log_loss + (log_mel(a) - log_mel(b)).abs().mean() / len(resolutions)
     return time_loss, linear_loss, log_loss
 
 
@@ -94,18 +118,21 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/codec"))
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--steps", type=int, default=30_000, help="the learning rate reaches zero here or at --minutes")
-    parser.add_argument("--data", default="toy", help="toy, or a folder of audio files")
+    parser.add_argument("--data", default="toy", help="toy, tunes, or a folder of audio files")
     parser.add_argument("--clips", type=int, default=3000, help="4-second clips to synthesise or read, and cut from")
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--recipe", choices=RECIPES, help="size and loss; default: that of --data, toy for a folder")
+    parser.add_argument("--bf16", action="store_true", help="run encoder and decoder in bfloat16")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    codec = Codec.from_config(CodecConfig()).to(args.device).train()
+    recipe = RECIPES[args.recipe or (args.data if args.data in RECIPES else "toy")]
+    codec = Codec(recipe.codec).to(args.device).train()
     model = codec.model
     for layer in model.quantizer.vq.layers:
         layer._codebook.threshold_ema_dead_code = 0  # revive_dead_codes does it
@@ -120,7 +147,9 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
         torch.manual_seed(args.seed + step)  # other cuts than before
-    clips = toy_clips(args.clips) if args.data == "toy" else folder_clips(Path(args.data), args.clips, SECONDS)
+    known = args.data in WORLDS
+    clips = world_clips(args.data, args.clips) if known else folder_clips(Path(args.data), args.clips, SECONDS)
+    amp = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
     start, log = time.time() - spent, (args.out / "log.csv").open("a")
     writer, bar = csv.writer(log), tqdm(total=args.steps, initial=step)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
@@ -131,7 +160,9 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 200) * min(1, 2 * (1 - progress))
         target = draw_cuts(clips, args.batch_size, args.seconds).to(args.device)  # (B, S)
-        latents = model.encoder(target[:, None])  # (B, D, T)
+        with amp:
+            latents = model.encoder(target[:, None])  # (B, D, T)
+        latents = latents.float()
         commit = torch.zeros((), device=args.device)
         quantized = latents
         if step >= UNQUANTIZED_STEPS or progress >= UNQUANTIZED_SHARE:
@@ -141,9 +172,10 @@ def main():
             commit = commits.mean()
             if step % 50 == 0:
                 revive_dead_codes(model.quantizer, latents)
-        wav = model.decoder(quantized)[:, 0]
-        losses = reconstruction_losses(wav, target)
-        loss = 10 * losses[0] + 10 * losses[1] + losses[2] + commit
+        with amp:
+            wav = model.decoder(quantized)[:, 0]
+        losses = reconstruction_losses(wav.float(), target, recipe.resolutions)
+        loss = sum(weight * x for weight, x in zip(recipe.weights, losses, strict=True)) + commit
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)

@@ -1,11 +1,12 @@
-"""Pretrain the toy world's text encoder, which `train.py` then keeps frozen, as MAGNeT keeps T5 [Sec. 2].
+"""Pretrain a world's text encoder, which `train.py` then keeps frozen, as MAGNeT keeps T5 [Sec. 2].
 
-A SentencePiece model is trained on toy captions, and a small T5 encoder learns to read the five attributes off them,
+A SentencePiece model is trained on the world's captions, and a small T5 encoder learns to read the attributes off them,
 each with a linear reader on the mean token embedding; an attribute that a caption leaves unsaid is a class of its own.
 The encoder sees captions of all combinations, held-out pairs too: a text encoder has read everything, it is the music
 that was never heard. The readers are thrown away.
 
     python -m toy.train_text --out runs/text
+    python -m toy.train_text --data tunes --out runs/tunes_text
 """
 
 import io
@@ -24,26 +25,29 @@ from support.cli import Parser, run
 from support.files import save_whole, whole_file
 from support.hub import rename
 from t5_encoder import CONFIG, TENSOR_NAMES, TOKENIZER, T5Config, T5Encoder
-from toy.world import ATTRIBUTES, caption, combinations
+from toy import WORLDS, world, world_of
 
 
-def draw_caption(rng, p_unsaid=0.3):
-    """A caption and its labels (5,); half of the captions leave each attribute unsaid with probability `p_unsaid`."""
-    rows = combinations("train") + combinations("unseen")
+def draw_caption(rng, p_unsaid=0.3, place=world):
+    """A caption of the world `place` and its labels (attributes,).
+
+    Half of the captions leave each attribute unsaid with probability `p_unsaid`.
+    """
+    rows = place.combinations("train") + place.combinations("unseen")
     attributes = dict(rows[rng.integers(len(rows))])
     if rng.random() < 0.5:
         said = {name: value for name, value in attributes.items() if rng.random() >= p_unsaid}
         attributes = said or attributes
     labels = [len(values) if name not in attributes else values.index(attributes[name])
-              for name, values in ATTRIBUTES.items()]
-    return caption(attributes, rng), labels
+              for name, values in place.ATTRIBUTES.items()]
+    return place.caption(attributes, rng), labels
 
 
-def train_tokenizer(path, rng, vocab_size, n_captions=20_000):
+def train_tokenizer(path, rng, vocab_size, n_captions=20_000, place=world):
     """Write a SentencePiece model with T5's special ids: pad 0, end of sequence 1. Returns its number of pieces."""
-    model = io.BytesIO()
+    model, captions = io.BytesIO(), (draw_caption(rng, place=place)[0] for _ in range(n_captions))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(draw_caption(rng)[0] for _ in range(n_captions)), model_writer=model, vocab_size=vocab_size,
+        sentence_iterator=captions, model_writer=model, vocab_size=vocab_size,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
     path.write_bytes(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
@@ -69,7 +73,8 @@ def read_attributes(readers, embeddings, mask):
 
 
 def main():
-    parser = Parser(description="pretrain the toy text encoder")
+    parser = Parser(description="pretrain the text encoder of a world")
+    parser.add_argument("--data", choices=WORLDS, default="toy")
     parser.add_argument("--out", type=Path, default=Path("runs/text"))
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -80,17 +85,18 @@ def main():
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    pieces = train_tokenizer(args.out / TOKENIZER, rng, args.vocab_size)
+    place = world_of(args.data)
+    pieces = train_tokenizer(args.out / TOKENIZER, rng, args.vocab_size, place=place)
     config = T5Config(pieces, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
     encoder = T5Encoder(config, args.out / TOKENIZER)
-    readers = nn.ModuleList(nn.Linear(config.d_model, len(values) + 1) for values in ATTRIBUTES.values())
+    readers = nn.ModuleList(nn.Linear(config.d_model, len(values) + 1) for values in place.ATTRIBUTES.values())
     parameters = [*encoder.parameters(), *readers.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
 
     def batch(generator, size):
-        captions, labels = zip(*(draw_caption(generator) for _ in range(size)), strict=True)
-        return encoder.tokenize(captions), torch.tensor(labels).T  # labels (5, B)
+        captions, labels = zip(*(draw_caption(generator, place=place) for _ in range(size)), strict=True)
+        return encoder.tokenize(captions), torch.tensor(labels).T  # labels (attributes, B)
 
     bar = trange(args.steps)
     for _ in bar:
@@ -106,7 +112,7 @@ def main():
     (ids, mask), labels = batch(np.random.default_rng([args.seed, 1]), 2000)
     with torch.no_grad():
         logits = read_attributes(readers, encoder(ids, mask), mask)
-    for name, x, y in zip(ATTRIBUTES, logits, labels, strict=True):
+    for name, x, y in zip(place.ATTRIBUTES, logits, labels, strict=True):
         print(f"{name}: {(x.argmax(dim=1) == y).float().mean().item():.2%} of 2000 fresh captions read right")
     save_pretrained(encoder, args.out, dtype=torch.float16)
     n_params = sum(p.numel() for p in encoder.parameters())

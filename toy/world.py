@@ -33,6 +33,7 @@ ATTRIBUTES = {
 
 # The split "unseen_pairs": these instruments never play these melodies in training, so that a model which does it on
 # request has composed two things it knows, not remembered one. Every single value still occurs in training.
+PAIR = ("instrument", "melody")
 UNSEEN_PAIRS = {("flute", "falling"), ("organ", "arpeggio"), ("bell", "rising"), ("chip", "repeated")}
 
 STEPS = {  # semitones above the key note, played round and round, one note per beat
@@ -45,6 +46,7 @@ BEATS = {"slow": 40, "medium": 25, "fast": 16}  # frames per beat: 75, 120, 188 
 KEYS = {"low": (150, 175, 200), "mid": (350, 375, 400, 425), "high": (850, 900, 950, 1000)}  # Hz
 
 SPLITS = ("train", "valid", "unseen")  # valid: training combinations, other clips; unseen: the held-out pairs
+FRESH = {}  # what `render` is told for clips that nothing was trained on: they are all new
 
 
 def combinations(split):

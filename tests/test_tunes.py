@@ -1,0 +1,281 @@
+"""What the tunes world promises: clips that can be made again, true captions, and no tune in two splits.
+
+All but the first tests want the packages in requirements-tunes.txt, and are skipped with a word where they are missing.
+"""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from toy import band, memory, signals, tunebook, tunes
+from toy.tunes import ATTRIBUTES, PAIR, PITCHES, PROGRAMS, RATES, SAMPLE_RATE, SPLITS, UNSEEN_PAIRS, WORDS
+
+PACKAGES = ("music21", "symusic", "tinysoundfont", "pretty_midi")
+MISSING = [name for name in PACKAGES if not importlib.util.find_spec(name)]
+wants_tunes = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (requirements-tunes.txt)")
+
+PLAIN = {"instrument": "clarinet", "dance": "reel", "mode": "major", "tempo": "medium", "register": "mid",
+         "accompaniment": "none"}
+
+
+def notes(seed=0, split="train", **attributes):
+    """The notes of a plain clip, but for what is asked: see `toy.tunes.score`."""
+    return tunes.score(PLAIN | attributes, np.random.default_rng(seed), split=split)
+
+
+def play(seed=0, **attributes):
+    return tunes.render(PLAIN | attributes, np.random.default_rng(seed))
+
+
+def pitches_in_order(melody):
+    """The pitches of a melody by onset, repeated ones once."""
+    pitches = melody[np.argsort(melody[:, 0]), 2].astype(int)
+    return pitches[np.diff(pitches, prepend=-1) != 0]
+
+
+# ----------------------------------------------------------------------------------------------- without any packages
+
+def test_tunes_say_in_one_line_which_packages_are_missing(monkeypatch):
+    monkeypatch.setattr(tunebook, "symusic", None)
+    with pytest.raises(ValueError, match=r"requirements-tunes\.txt$"):
+        tunebook.folder_of("music21")
+
+
+def test_tunes_hold_some_pairs_out_of_training_but_no_single_value():
+    train, unseen = tunes.combinations("train"), tunes.combinations("unseen")
+    pairs = [{tuple(row[name] for name in PAIR) for row in rows} for rows in (train, unseen)]
+    assert pairs[1] == UNSEEN_PAIRS and not pairs[0] & UNSEEN_PAIRS
+    for name, values in ATTRIBUTES.items():
+        assert {row[name] for row in train} == set(values), name
+    assert tunes.combinations("valid") == tunes.combinations("test") == train
+
+
+def test_tunes_refuse_an_unknown_split():
+    with pytest.raises(ValueError, match="train, valid, test, unseen, not 'tset'"):
+        tunes.describe(0, "tset")
+
+
+def test_tunes_caption_says_every_attribute_once_and_nothing_else():
+    """Each value has words of its own, and the caption is made of them."""
+    for index in range(300):
+        attributes, caption, _ = tunes.describe(index, "test")
+        for name, value in attributes.items():
+            assert any(word in caption for word in WORDS[name][value]), (name, caption)
+    words = [word for values in WORDS.values() for synonyms in values.values() for word in synonyms]
+    assert len(words) == len(set(words))
+
+
+def test_tunes_training_captions_leave_an_attribute_unsaid_now_and_then():
+    silent = [sum(not any(word in caption for word in WORDS[name][value]) for name, value in attributes.items())
+              for attributes, caption, _ in (tunes.describe(index, "train") for index in range(2000))]
+    assert np.mean(silent) / len(ATTRIBUTES) == pytest.approx(tunes.UNSAID, abs=0.02)
+
+
+def test_tunes_caption_of_what_is_left_unsaid_is_still_a_phrase():
+    phrases = {tunes.caption({"tempo": "fast"}, np.random.default_rng(seed)).split()[-1] for seed in range(20)}
+    assert phrases <= {"fast", "quick", "up-tempo", "instrument", "tune"} and len(phrases) > 2
+
+
+@pytest.mark.parametrize("dance, group", [("reel", 1), ("hornpipe", 2), ("jig", 3)])
+def test_tunes_swing_moves_notes_inside_a_group_and_never_its_first(dance, group):
+    units = np.arange(-6, 13) / 2
+    swung = band.swing(dance, units)
+    assert (np.diff(swung) > 0).all(), "no note overtakes another"
+    assert np.array_equal(swung[units % group == 0], units[units % group == 0])
+    assert np.array_equal(swung, units) == (dance == "reel")
+
+
+def test_tunes_harmony_is_the_chord_that_holds_most_of_the_bar():
+    lengths = np.array([4, 4, 4])
+    assert band.harmony(np.array([0, 4, 7]), lengths, "major") == (0, 4, 7)
+    assert band.harmony(np.array([5, 9, 0]), lengths, "major") == (5, 9, 12)
+    assert band.harmony(np.array([10, 2, 5]), lengths, "minor") == (10, 14, 17)
+
+
+def fake_tune(pitches):
+    rows = [(240 * i, 240, pitch) for i, pitch in enumerate(pitches)]
+    return {"notes": np.array(rows, np.int32)}
+
+
+def test_tunes_families_join_a_copy_in_another_key_with_changes_and_no_stranger():
+    rng = np.random.default_rng(0)
+    one, other = (rng.integers(60, 80, 80) for _ in range(2))
+    copy = one + 5
+    copy[40] += 1  # one note changed
+    assert tunebook.families([fake_tune(x) for x in (one, other, copy)]) == [0, 1, 0]
+    repeated = np.repeat(one, 2)  # each note played twice
+    assert tunebook.families([fake_tune(x) for x in (one, repeated)]) == [0, 0]
+
+
+def test_memory_runs_leave_out_repeated_notes():
+    assert memory.runs([60, 62, 62, 64, 60], length=2) == [(2, 2), (2, -4)]
+    assert memory.runs([60, 62], length=2) == []
+
+
+def test_signals_melody_hears_the_notes_of_plain_tones_and_no_slips():
+    t = np.arange(SAMPLE_RATE // 4) / SAMPLE_RATE
+    wav = np.concatenate([np.sin(2 * np.pi * 440 * 2 ** ((pitch - 69) / 12) * t) for pitch in (69, 72, 72, 65)])
+    assert signals.melody(wav).tolist() == [69, 72, 65]
+
+
+# ------------------------------------------------------------------------------------------------- with the packages
+
+ABC = """X:1
+T:Two Bars -- Reel
+M:C|
+L:1/8
+K:G
+D2|:"Am"GABc {e}d2B2|g2d2 vG4:|
+|:"_f"GABc d2B2|g2d2 G4:|c2B2 A2G2|
+"""
+
+
+@wants_tunes
+def test_tunes_reader_unrolls_repeats_drops_signs_and_finds_the_first_bar_line():
+    tune = tunebook.read_tune(ABC)
+    assert (tune["dance"], tune["mode"], tune["tonic"], tune["bar"]) == ("reel", "major", 7, 1920)
+    assert tune["first"] == 480, "two eighths come before it"
+    part = [67, 69, 71, 72, 74, 71, 79, 74, 67]
+    assert tune["notes"][:, 2].tolist() == [62] + 4 * part + [72, 71, 69, 67]
+    assert tune["notes"][1, 0] == 480 and tune["notes"][1, 1] == 240
+
+
+@wants_tunes
+def test_tunes_mode_is_heard_in_the_notes_not_taken_from_the_key():
+    minor = tunebook.read_tune(ABC.replace("B", "_B"))  # all thirds flat, as the folk songs are written
+    assert minor["mode"] == "minor"
+    unclear = tunebook.read_tune(ABC.replace("|:\"_f\"GABc d2B2", "|:\"_f\"GA_Bc d2_B2"))
+    assert unclear is None
+
+
+@wants_tunes
+def test_tunes_clip_is_the_same_again_whatever_was_played_before():
+    first = tunes.example(3, "train", seed=1)
+    for split in SPLITS:
+        tunes.example(4, split)
+    again = tunes.example(3, "train", seed=1)
+    assert np.array_equal(first[0], again[0]) and first[1:] == again[1:]
+    assert not np.array_equal(first[0], tunes.example(3, "train", seed=2)[0])
+    assert tunes.describe(3, "train", seed=1)[:2] == (first[2], first[1])
+
+
+@wants_tunes
+@pytest.mark.parametrize("split", SPLITS)
+def test_tunes_levels_are_even(split):
+    for index in range(12):
+        wav, _, attributes = tunes.example(index, split)
+        assert wav.shape == (4 * SAMPLE_RATE,) and wav.dtype == np.float32
+        assert 0.59 < np.abs(wav).max() < 0.91 and abs(wav.mean()) < 0.02
+        seconds = np.sqrt((wav.reshape(4, -1) ** 2).mean(axis=1))
+        assert seconds.min() > 0.01, ("a second of silence", index, attributes)
+
+
+@wants_tunes
+@pytest.mark.parametrize("seconds", [1.0, 2.5, 6.0])
+def test_tunes_clip_is_as_long_as_asked(seconds):
+    assert len(tunes.example(0, "train", seconds=seconds)[0]) == round(seconds * SAMPLE_RATE)
+
+
+@wants_tunes
+def test_tunes_no_tune_shares_a_quarter_of_its_runs_with_a_tune_of_another_split():
+    """Asked of each test and validation tune and each training tune, by another way than `families` goes."""
+    sets = {split: [set(memory.runs(tune["notes"][:, 2], 10)) for tune in tunebook.corpus() if tune["split"] == split]
+            for split in tunebook.SHARES}
+    for held_out, training in (("test", "train"), ("valid", "train"), ("valid", "test")):
+        places = {}
+        for i, row in enumerate(sets[training]):
+            for run in row:
+                places.setdefault(run, []).append(i)
+        for row in sets[held_out]:
+            hits = np.bincount([i for run in row for i in places.get(run, [])], minlength=1)
+            for i in np.flatnonzero(hits):
+                assert hits[i] < 0.25 * min(len(row), len(sets[training][i]))
+
+
+@wants_tunes
+def test_tunes_every_split_has_tunes_of_every_dance_and_mode():
+    for row in tunes.combinations("train"):
+        for split in tunebook.SHARES:
+            assert len(tunes.tunes_of(split, row["dance"], row["mode"])) >= 4
+
+
+@wants_tunes
+def test_tunes_programs_are_the_instruments_that_captions_name():
+    """The soundfont's own names for the programs."""
+    synth, font = band.synthesizer()
+    names = {"flute": "flute", "fiddle": "violin", "harmonium": "reed organ", "piano": "piano", "banjo": "banjo",
+             "clarinet": "clarinet", "trumpet": "trumpet", "vibraphone": "vib"}
+    for instrument, program in PROGRAMS.items():
+        assert names[instrument] in synth.sfpreset_name(font, 0, program).lower()
+
+
+@wants_tunes
+@pytest.mark.parametrize("instrument", ["fiddle", "harmonium", "clarinet", "banjo"])
+def test_tunes_what_is_played_is_in_tune_and_at_the_pitch_that_is_written(instrument):
+    """Runs of four intervals that the pitch track hears are the melody's own."""
+    found = []
+    for seed in range(6):
+        known = set(memory.runs(pitches_in_order(notes(seed, instrument=instrument)["melody"]), 4))
+        found += [run in known for run in memory.runs(signals.melody(play(seed, instrument=instrument)), 4)]
+    assert len(found) > 20 and np.mean(found) > 0.75
+
+
+@wants_tunes
+@pytest.mark.parametrize("tempo", ATTRIBUTES["tempo"])
+@pytest.mark.parametrize("dance", ATTRIBUTES["dance"])
+def test_tunes_tempo_and_register_are_those_of_the_notes(dance, tempo):
+    for register, pitch in PITCHES.items():
+        melody = notes(1, dance=dance, tempo=tempo, register=register)["melody"]
+        low, high = RATES[tempo]
+        assert low <= len(melody) / tunes.SECONDS <= high
+        lengths = melody[:, 1] - melody[:, 0]
+        assert abs(np.average(melody[:, 2], weights=lengths) - pitch) < 3.5
+
+
+@wants_tunes
+def test_tunes_tempo_classes_are_apart():
+    assert RATES["slow"][1] < RATES["medium"][0] and RATES["medium"][1] < RATES["fast"][0]
+
+
+@wants_tunes
+@pytest.mark.parametrize("mode, third", [("major", 4), ("minor", 3)])
+def test_tunes_mode_is_that_of_melody_and_drone(mode, third):
+    for seed in range(5):
+        parts = notes(seed, mode=mode, accompaniment="drone")
+        tonic = parts[band.CELLO][:, 2].min()  # the drone holds tonic and fifth
+        assert sorted((parts[band.CELLO][:, 2] - tonic).tolist()) == [0, 7]
+        degrees = (parts["melody"][:, 2] - tonic) % 12
+        assert (degrees == third).sum() > 2 * (degrees == 7 - third).sum()
+
+
+@wants_tunes
+def test_tunes_accompaniment_is_heard_beside_the_melody_and_only_if_asked():
+    expected = {"none": {"melody"}, "drone": {"melody", band.CELLO}, "chords": {"melody", band.BASS, band.GUITAR},
+                "percussion": {"melody", band.DRUMS}}
+    for name, parts in expected.items():
+        assert set(notes(2, accompaniment=name)) == parts
+        assert not np.array_equal(play(2), play(2, accompaniment=name)) or name == "none"
+    assert set(np.unique(notes(2, accompaniment="percussion")[band.DRUMS][:, 2])) == {band.KICK, band.SNARE, band.HAT}
+
+
+@wants_tunes
+def test_tunes_test_clips_play_test_tunes(monkeypatch):
+    asked = []
+    choose = tunes.choose
+    monkeypatch.setattr(tunes, "choose", lambda attributes, rng, seconds, split: asked.append(split) or choose(
+        attributes, rng, seconds, split))
+    for split in SPLITS:
+        tunes.example(0, split)
+    assert asked == ["train", "valid", "test", "test"], "held-out pairs are played on test tunes"
+
+
+@wants_tunes
+def test_memory_finds_training_tunes_in_clips_of_them_more_than_in_test_tunes():
+    import torch
+    shares = {}
+    for split in ("train", "test"):
+        clips = [tunes.render(PLAIN | {"tempo": "medium"}, np.random.default_rng(seed), split=split)
+                 for seed in range(25)]
+        shares[split] = memory.found_melodies(torch.from_numpy(np.stack(clips))).mean().item()
+    assert shares["train"] > shares["test"] + 0.1

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import json
 import re
 import sys
 import threading
@@ -13,11 +12,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-import cli
-import hub
-from model import MAGNeT, ModelConfig, load_audiocraft
+from model import MAGNeT, ModelConfig, load_model
+from support.cli import run
 
 DATA = Path(__file__).parent / "data"
+torch.set_num_threads(1)  # so that a busy machine slows nothing down tenfold
 
 
 def pytest_addoption(parser):
@@ -33,24 +32,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs the internet; runs with --network"))
 
 
-def write_safetensors(tensors, path, align=8):
-    """Write tensors in the .safetensors format, the header filled up with spaces to a multiple of `align` bytes."""
-    names = {dtype: name for name, dtype in hub.DTYPES.items()}
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in tensors.items():
-        content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [len(data), len(data) + len(content)]}
-        data += content
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % align)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
 @pytest.fixture(scope="session")
 def magnet_tiny():
-    """A small random model in the published layout (K = 4, 64 entries, 5 frames of context, spans of 3)."""
-    return load_audiocraft(DATA / "magnet_tiny_state_dict.bin")
+    """A small random model in the published layout (K = 4, 64 entries, 5 frames of context, spans of 3).
+
+    The official code pads both texts of a batch to the longer one, of 7 tokens; `text_len` does the same for any batch.
+    """
+    model = load_model(DATA / "magnet_tiny_state_dict.bin")[0]
+    model.config.text_len = 7
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +51,10 @@ def golden():
 
 @pytest.fixture(scope="session")
 def musicgen_tiny():
-    """A small random autoregressive model in MusicGen's published layout (K = 4, 64 entries)."""
-    return load_audiocraft(DATA / "musicgen_tiny_state_dict.bin")
+    """A small random autoregressive model in MusicGen's published layout (K = 4, 64 entries); `text_len` as above."""
+    model = load_model(DATA / "musicgen_tiny_state_dict.bin")[0]
+    model.config.text_len = 7
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +160,7 @@ def call(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            cli.run(module.main)
+            run(module.main)
             code = 0
         except SystemExit as end:
             code = end.code

@@ -249,7 +249,7 @@ def test_undelay_with_shift_minus_1_reads_where_the_logits_of_a_token_stand():
     assert undelay(slots, shift=-1).tolist() == [[[0, 1, 2], [1, 2, 3], [2, 3, 4]]]
 
 
-# -------------------------------------------------------------------------------------- against another program's numbers
+# ------------------------------------------------------------------------------------- against another program's numbers
 
 def test_expected_mask_rate_agrees_with_the_reference_and_is_near_the_exact_rate():
     """`exact_clipped_rate` counts that the first frames lie in fewer spans, which the paper's formula forgets."""

@@ -21,7 +21,6 @@ from masking import causal_attention_mask, delay_codes, mask_codes, restricted_a
 from model import (
     Block,
     Cache,
-    MAGNeT,
     ModelConfig,
     attention,
     load_model,

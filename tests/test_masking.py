@@ -37,13 +37,10 @@ def drawn(mask):
 
 # ------------------------------------------------------------------------------------------------------ cosine_schedule
 
-@pytest.mark.parametrize("t, gamma", [(0, 1), (1 / 3, math.sqrt(3) / 2), (1 / 2, math.sqrt(1 / 2)), (1, 0)])
-def test_cosine_schedule_hides_all_at_first_and_nothing_at_last(t, gamma):
-    assert cosine_schedule(t) == pytest.approx(gamma), "the share to hide is cos(pi t / 2), not sin, not 1 - t"
-
-
-def test_cosine_schedule_gives_a_tensor_for_a_tensor():
-    torch.testing.assert_close(cosine_schedule(torch.tensor([[0.0, 0.5]])), torch.tensor([[1, math.sqrt(0.5)]]))
+def test_cosine_schedule_hides_all_at_first_and_nothing_at_last():
+    times, gamma = (0, 1 / 3, 1 / 2, 1), pytest.approx([1, math.sqrt(3 / 4), math.sqrt(1 / 2), 0])
+    assert [cosine_schedule(t) for t in times] == gamma, "the share to hide is cos(pi t / 2), not sin, not 1 - t"
+    assert cosine_schedule(torch.tensor(times, dtype=torch.float64)).tolist() == gamma, "of a tensor"
 
 
 # --------------------------------------------------------------------------------------------------- expected_mask_rate
@@ -82,11 +79,6 @@ def test_spans_for_mask_rate_takes_the_nearest_rate_and_at_least_one_span(rate, 
     assert spans_for_mask_rate(rate, 5, 3) == u
 
 
-def test_spans_for_mask_rate_inverts_expected_mask_rate():
-    for u in (1, 7, 40, 90):
-        assert spans_for_mask_rate(expected_mask_rate(u, 120, 3).item(), 120, 3) == u
-
-
 @pytest.mark.parametrize("T", [1, 2])
 def test_spans_for_mask_rate_of_a_clip_shorter_than_a_span_is_one(T):
     assert [spans_for_mask_rate(rate, T, 3) for rate in (0.0, 0.5, 1.0)] == [1, 1, 1]
@@ -104,12 +96,7 @@ def test_spans_from_starts_hides_span_len_frames_from_every_start_and_cuts_the_l
     assert drawn(spans_from_starts(starts, 3)) == ["xxx.xxxx.x", "........xx"], "overlaps join; no span wraps around"
     assert drawn(spans_from_starts(starts, 1)) == drawn(starts), "a span of 1 is its start"
     assert drawn(spans_from_starts(starts[:, :1], 3)) == ["x", "."], "T = 1, shorter than a span"
-
-
-def test_spans_from_starts_leaves_its_input_as_it_was():
-    starts = torch.tensor([[True, False, False]])
-    spans_from_starts(starts, 2)
-    assert starts.tolist() == [[True, False, False]]
+    assert starts.sum() == 5, "the input has been changed"
 
 
 def test_span_mask_hides_whole_spans_and_not_single_tokens(generator):
@@ -173,11 +160,7 @@ def test_mask_codes_takes_a_stage_and_a_mask_for_each_clip():
 def test_restricted_attention_mask_is_a_band_with_context_on_both_sides():
     assert drawn(restricted_attention_mask(6, 2)) == ["xxx...", "xxxx..", "xxxxx.", ".xxxxx", "..xxxx", "...xxx"]
     assert restricted_attention_mask(100, 5)[50].sum() == 11, "5 frames on each side, and the frame itself"
-
-
-@pytest.mark.parametrize("T, context, rows", [(1, 0, ["x"]), (1, 5, ["x"]), (2, 0, ["x.", ".x"]), (2, 9, ["xx", "xx"])])
-def test_restricted_attention_mask_of_short_clips(T, context, rows):
-    assert drawn(restricted_attention_mask(T, context)) == rows
+    assert drawn(restricted_attention_mask(2, 0)) == ["x.", ".x"] and drawn(restricted_attention_mask(1, 5)) == ["x"]
 
 
 def test_causal_attention_mask_shows_each_position_itself_and_its_past():
@@ -209,11 +192,8 @@ def test_hybrid_attention_mask_holds_the_frames_around_a_token_in_its_own_codebo
     assert hybrid_attention_mask(T + K, 3, stage, 5)[0, f + stage].equal((frames - f).abs() <= 5), "nothing is added"
 
 
-def test_hybrid_attention_mask_where_all_is_prompt_is_causal():
-    assert hybrid_attention_mask(6, 6, 2, 1)[0].equal(causal_attention_mask(6, 6))
-
-
-def test_hybrid_attention_mask_with_context_minus_1_attends_to_all_after_the_prompt():
+def test_hybrid_attention_mask_where_all_is_prompt_is_causal_and_with_context_minus_1_full_after_it():
+    assert drawn(hybrid_attention_mask(4, 4, 2, 1)[0]) == ["x...", "xx..", "xxx.", "xxxx"]
     assert drawn(hybrid_attention_mask(3, 1, 2, -1)[0]) == ["x..", "xxx", "xxx"]
 
 
@@ -249,7 +229,7 @@ def test_undelay_with_shift_minus_1_reads_where_the_logits_of_a_token_stand():
     assert undelay(slots, shift=-1).tolist() == [[[0, 1, 2], [1, 2, 3], [2, 3, 4]]]
 
 
-# ------------------------------------------------------------------------------------- against another program's numbers
+# ------------------------------------------------------------------------------------ against another program's numbers
 
 def test_expected_mask_rate_agrees_with_the_reference_and_is_near_the_exact_rate():
     """`exact_clipped_rate` counts that the first frames lie in fewer spans, which the paper's formula forgets."""

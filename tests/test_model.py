@@ -124,7 +124,8 @@ def test_text_attention_mask_shows_a_clip_its_own_tokens_and_padding_up_to_text_
 
 @pytest.mark.parametrize("text_len", [0, 32])
 def test_a_clips_logits_do_not_depend_on_its_neighbours(text_len, make_magnet):
-    """Alone, first of two, last of two, beside a text of 512 tokens: the largest difference measured is 1e-6."""
+    """Alone, first or last of two, beside a text of 512 tokens. Measured: they differ by at most 1.2e-6; those of
+    `magnet_tiny`, whose logits are up to 14, by 9e-6; those of the shipped model not at all."""
     model = make_magnet(text_len=text_len)
     (text, mask), (long, full) = random_text(model, 1), random_text(model, 1, 512, seed=1)
     codes = random_codes(model, 1)
@@ -135,16 +136,6 @@ def test_a_clips_logits_do_not_depend_on_its_neighbours(text_len, make_magnet):
         assert (both[place] - alone[0]).abs().max() < 1e-5, f"as number {place} of 2 it is other music"
         texts.reverse(), masks.reverse()
     assert (both[0] - both[1]).abs().max() > 1e-2, "the two texts should make a difference"
-
-
-def test_padding_takes_part_as_zero_keys_and_values(make_magnet):
-    """As released: the shares of text_len - L more keys with score 0 go to nothing, so the text counts for less."""
-    model, wider = make_magnet(), make_magnet(text_len=50)  # the same weights
-    codes, (text, mask) = random_codes(model), random_text(model)
-    null, near, far = model(codes, 0), wider(codes, 0, text, mask), model(codes, 0, text, mask)
-    assert (near - null).norm() < 0.5 * (far - null).norm(), "47 zero keys should weaken 3 tokens"
-    noise = F.pad(text, (0, 0, 0, 4), value=100), F.pad(mask, (0, 4))
-    assert wider(codes, 0, *noise).equal(near), "what is written in padding makes a difference"
 
 
 @pytest.mark.parametrize("text_len", [0, 9])
@@ -158,6 +149,16 @@ def test_the_null_condition_is_all_zero_whatever_the_text_and_the_projections_bi
     logits, null = model(codes, 0, text, mask), model(codes, 0)
     assert logits[1].equal(null[1]), "something of a text comes through the null condition"
     assert not torch.allclose(logits[0], null[0], atol=1e-3), "the other row has a text"
+
+
+def test_padding_takes_part_as_zero_keys_and_values(make_magnet):
+    """As released: the shares of text_len - L more keys with score 0 go to nothing, so the text counts for less."""
+    model, wider = make_magnet(), make_magnet(text_len=50)  # the same weights
+    codes, (text, mask) = random_codes(model), random_text(model)
+    null, near, far = model(codes, 0), wider(codes, 0, text, mask), model(codes, 0, text, mask)
+    assert (near - null).norm() < 0.5 * (far - null).norm(), "47 zero keys should weaken 3 tokens"
+    noise = F.pad(text, (0, 0, 0, 4), value=100), F.pad(mask, (0, 4))
+    assert wider(codes, 0, *noise).equal(near), "what is written in padding makes a difference"
 
 
 # --------------------------------------------------------------------------------- embeddings, the block, and the heads

@@ -93,16 +93,10 @@ def odds(*probabilities):
 
 # --------------------------------------------------------------------------------------------------------- the schedule
 
-def test_mask_rate_of_the_paper_begins_with_all_and_ends_above_zero():
-    """cos(pi/2 * i / s) for i = 0 .. s - 1; here s = 3."""
+def test_mask_rate_begins_with_all_and_ends_above_zero_or_as_released_at_zero():
+    """cos(pi/2 * i / s) for i = 0 .. s - 1; as released i / (s - 1). Here s = 3; a single step hides everything."""
     assert [mask_rate(i, 3) for i in range(3)] == pytest.approx([1, math.sqrt(3) / 2, 1 / 2])
-
-
-def test_mask_rate_as_released_ends_at_zero():
     assert [mask_rate(i, 3, "released") for i in range(3)] == pytest.approx([1, math.sqrt(1 / 2), 0], abs=1e-6)
-
-
-def test_mask_rate_of_a_single_step_hides_everything():
     assert mask_rate(0, 1) == mask_rate(0, 1, "released") == 1
 
 
@@ -126,15 +120,12 @@ def test_generate_ties_guidance_to_the_mask_rate_and_not_to_the_step(make_magnet
 
 # ------------------------------------------------------------------------------------------------------------- guidance
 
-def test_with_null_condition_puts_as_many_rows_without_a_token_behind_the_prompts():
-    text, mask = with_null_condition(torch.ones(2, 3, 8), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool())
-    assert drawn(mask) == ["xx.", "xxx", "...", "..."] and text[:2].all() and not text[2:].any()
-
-
-def test_with_null_condition_takes_a_negative_prompt_of_any_length_instead():
-    negative = torch.full((1, 4, 8), 5.0), torch.tensor([[True] * 4])
-    text, mask = with_null_condition(torch.ones(2, 3, 8), torch.ones(2, 3).bool(), negative)
-    assert drawn(mask) == ["xxx.", "xxx.", "xxxx", "xxxx"] and (text[2:] == 5).all()
+def test_with_null_condition_puts_rows_without_a_token_or_a_negative_prompt_behind_the_prompts():
+    prompts = torch.ones(2, 3, 8), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    text, mask = with_null_condition(*prompts)
+    assert drawn(mask) == ["xx.", "xxx", "...", "..."] and not text[2:].any()
+    text, mask = with_null_condition(*prompts, (torch.full((1, 4, 8), 5.0), torch.ones(1, 4).bool()))
+    assert drawn(mask) == ["xx..", "xxx.", "xxxx", "xxxx"] and (text[2:] == 5).all(), "a longer one"
 
 
 @pytest.mark.parametrize("scale, logit, rows", [(-1.0, -2.0, 4), (0.0, 0.0, 2), (0.5, 1.0, 4), (1.0, 2.0, 2),
@@ -318,13 +309,13 @@ def test_hide_stride1_hides_overlapping_spans_the_least_probable_first(n_frames,
 
 @SCORINGS
 def test_hide_stride1_does_not_count_fixed_tokens_and_prefers_spans_without_them(scoring):
-    """Spans at 0, 1, 2 and 3 hold 2, 1, 0 and 0 fixed tokens. In a clip of 4 frames all hold one: it does not count."""
+    """Spans at 0, 1, 2 and 3 hold 2, 1, 0 and 0 fixed tokens. In the clips of 4 frames every span holds one."""
     fixed = torch.tensor([[True, True, False, False, False, False]])
     assert drawn(hide_stride1(odds(0.1, 0.1, 0.5, 0.5, 0.5, 0.4), fixed, 3, 3, scoring)) in (["..xxx."], ["...xxx"])
     fixed = torch.tensor([[True, False, False, True]])
     assert drawn(hide_stride1(odds(0.99, 0.4, 0.4, 0.01), fixed[:, :4], 3, 3, scoring)) in (["xxx."], [".xxx"])
     fixed = torch.tensor([[True, False, True, False]])
-    assert drawn(hide_stride1(odds(0.01, 0.6, 0.01, 0.2), fixed, 2, 2, scoring)) == ["..xx"], "0.2 before 0.6"
+    assert drawn(hide_stride1(odds(0.01, 0.6, 0.99, 0.2), fixed, 2, 2, scoring)) == ["..xx"], "0.2 before 0.6"
 
 
 @ARRANGEMENTS
@@ -613,10 +604,8 @@ def test_a_hybrid_counts_the_frames_of_its_codec(make_magnet):
 # ------------------------------------------------------------------------------------------------ arguments, and a fuzz
 
 @pytest.mark.parametrize("field, value", [
-    ("decoding_steps", ()), ("decoding_steps", (20, 0)), ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan),
-    ("top_k", -1), ("temperature", -1.0), ("temperature", math.inf), ("guidance_start", 1e30),
-    ("ar_guidance", math.nan), ("span_arrangement", "random"), ("span_scoring", "mean"), ("schedule", "linear"),
-    ("rescorer_weight", 1.5), ("hybrid_seconds", -1.0)])
+    ("decoding_steps", (20, 0)), ("top_p", 0.0), ("top_p", math.nan), ("top_k", -1), ("temperature", math.inf),
+    ("guidance_start", 1e30), ("span_arrangement", "random"), ("rescorer_weight", 1.5), ("hybrid_seconds", -1.0)])
 def test_sampling_config_names_the_field_that_is_wrong(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be"):
         SamplingConfig(**{field: value})
@@ -635,9 +624,9 @@ def test_sampling_config_defaults_are_the_papers():
     (lambda codes: codes - 17, "codes must be below 16"),
     (lambda codes: codes.index_fill(1, torch.tensor([2]), 3), "masked.* in the same frames of each row")])
 def test_generate_says_what_is_wrong_with_the_codes(change, words, make_magnet):
+    model = make_magnet()
     with pytest.raises(ValueError, match=words):
-        steps = change(to_fill(make_magnet(), 9))
-        generate(make_magnet(), *random_text(make_magnet()), steps)
+        generate(model, *random_text(model), change(to_fill(model, 9)))
 
 
 @pytest.mark.parametrize("objective, words, fields", [

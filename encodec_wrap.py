@@ -65,16 +65,11 @@ class CodecConfig(Config):
     n_codebooks: int = option(4, "codebooks K", low=1, high=64)
     codebook_size: int = option(256, "entries in each", choices=tuple(2**n for n in range(1, 15)))
     dimension: int = option(64, "width C of a latent", low=1, high=1024)
-    n_filters: int = option(12, "width next to the audio; each stride doubles it", low=1, high=1024)
+    n_filters: int = option(12, "width next to the audio; each stride doubles it", low=2, high=1024)
     lstm: int = option(0, "LSTM layers at the frame rate", low=0, high=4)
     causal: bool = option(False, "no look ahead")
     true_skip: bool = option(True, "residual blocks without a convolution in their shortcut")
     pad_mode: str = option("reflect", "what stands beyond the edges", choices=("reflect", "constant", "replicate"))
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.n_filters * 2 ** len(self.ratios) > 4096:  # 1024 in the published ones
-            raise ValueError(f"n_filters {self.n_filters}, doubled {len(self.ratios)} times, is above 4,096")
 
 
 CODEC_24KHZ = CodecConfig(24_000, (8, 5, 4, 2), n_codebooks=32, codebook_size=1024, dimension=128, n_filters=32,
@@ -165,6 +160,8 @@ def load_codec(name_or_path, n_codebooks=None, device="cpu"):
     else:
         path = path if path.exists() or name != REPOSITORY else fetch(REPOSITORY, WEIGHTS, "config.json")
         config, state, path = read_codec(path)
+    if config.n_filters * 2 ** len(config.ratios) > 4096:  # 1024 in the published ones
+        raise ValueError(f"{path}: n_filters {config.n_filters}, doubled {len(config.ratios)} times, is above 4,096")
     codec = Codec(config, n_codebooks)
     theirs = {rename(name, TENSOR_NAMES): name for name in codec.model.state_dict()}
     state = {rename(name, NEWER_NAMES): tensor for name, tensor in check_tensors(state, path).items()}
@@ -225,6 +222,7 @@ def read_hugging_face(tensors, path):
         raise ValueError(f"{path}: is not a codec; it lacks the tensors of an EnCodec")
     config_path = path.with_name("config.json")
     settings = read_json(config_path) if config_path.is_file() else {}
+    shortcut = settings.get("use_conv_shortcut", False)
     check_fixed(settings, {
         "normalize": False, "audio_channels": 1, "norm_type": "weight_norm", "num_residual_layers": 1,
         "kernel_size": 7, "last_kernel_size": 7, "residual_kernel_size": 3, "dilation_growth_rate": 2,
@@ -234,5 +232,6 @@ def read_hugging_face(tensors, path):
         "n_codebooks": len({name.split(".")[2] for name in tensors if name.startswith("quantizer.layers.")}),
         "codebook_size": len(codebook), "dimension": codebook.shape[1], "n_filters": len(bias),
         "lstm": settings.get("num_lstm_layers", 2), "causal": settings.get("use_causal_conv", False),
-        "true_skip": not settings.get("use_conv_shortcut", False), "pad_mode": settings.get("pad_mode", "reflect"),
+        "true_skip": not shortcut if isinstance(shortcut, bool) else shortcut,
+        "pad_mode": settings.get("pad_mode", "reflect"),
     }, config_path if settings else path), tensors

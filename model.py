@@ -2,8 +2,7 @@
 
 One pre-norm transformer serves all codebook levels ("stages"): the first attends everywhere, the later ones only to a
 few frames on either side. The same class is the autoregressive model and the hybrid one, with other attention masks.
-It leaves out everything that only large-scale training needs, and the text encoder: its input is T5's output, projected
-here to the model's width.
+The text comes in as T5's output and is projected here to the model's width.
 """
 
 import math
@@ -12,16 +11,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from support.hub import beside, fetch
 from torch import nn
 
 from masking import causal_attention_mask, delay_codes, undelay
 from support.audiocraft import read_settings
 from support.cli import Config, option
-from support.files import Companions, load_strictly, read_checkpoint
+from support.files import Companions, NoInit, check_tensors, load_strictly, read_checkpoint
+from support.hub import beside, fetch, rename
 
 OBJECTIVES = ("magnet", "ar", "hybrid")
-
 
 @dataclass
 class ModelConfig(Config):
@@ -48,8 +46,8 @@ def attention(q, k, v, may_attend=None):
     """[Sec. 2] softmax(q k^T / sqrt(D)) v over the keys where `may_attend` is True; every query must have one.
 
     q: (..., T, D); k, v: (..., keys, D); may_attend: bool, broadcast to (..., T, keys). The last three lines are the
-    formula. torch's fused kernel computes the same, faster, but when training on a CPU in half precision, where it is
-    several times slower on sequences of a few hundred (`python -m experiments.bench`).
+    formula; torch's fused kernel computes the same, faster but when training on a CPU in half precision
+    (`python -m experiments.bench`).
     """
     if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
@@ -145,9 +143,8 @@ def text_attention_mask(text_mask, text_len):
     """Which text positions a clip attends to: (B, L) bool, True at tokens -> (B, 1, 1, L) bool, None where it is all.
 
     They are its own tokens, and padding up to `text_len`: padded positions take part as zero keys and values, as
-    released, but never more of them because another text of the batch is long. The null condition, which has no token,
-    has nothing but zeros to attend to, so that its attention gives zero whatever it attends to.
-    Deviation: the released code pads every text to the longest of its batch, which changes the music of the others.
+    released. The null condition has only zeros to attend to, which give zero. Deviation: the released code pads every
+    text to the longest of its batch, and so changes the music of the others.
     """
     L = text_mask.shape[1]
     n_tokens = text_mask.sum(dim=1, keepdim=True)  # (B, 1)
@@ -171,10 +168,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, text=None, text_mask=None, mask=None, context=None, cache=None):
-        """x: (B, T, C); the rest as in `SelfAttention` and `CrossAttention`; text None is the null condition."""
+        """x: (B, T, C), the rest as in `SelfAttention`, `CrossAttention`; clips without a row of `text` have the null
+        condition, whose cross-attention is zero."""
         x = x + self.dropout(self.self_attn(self.norm1(x), mask, context, cache))
         if text is not None:
-            x = x + self.dropout(self.cross_attn(self.norm_cross(x), text, text_mask, cache))
+            x, null = x.tensor_split([len(text)])
+            x = torch.cat([x + self.dropout(self.cross_attn(self.norm_cross(x), text, text_mask, cache)), null])
         return x + self.dropout(self.linear2(F.gelu(self.linear1(self.norm2(x)))))
 
 
@@ -213,11 +212,11 @@ class MAGNeT(nn.Module):
     def forward(self, codes, stage, text=None, text_mask=None, mask=None, cache=None):
         """Logits of codebook `stage` at every frame: (B, T, card) float32; of all codebooks, (B, K, T, card), if None.
 
-        codes: (B, K, T) long, mask tokens in place (`masking.mask_codes`); stage: 0-based codebook; text: (B, L,
-        text_dim), T5's output, and text_mask (B, L) bool, True at tokens; text None, or a row without a token, is the
-        null condition. Who attends to whom: all to all at stage 0, later those within the restricted context; or as
-        `mask` says, (T, T) or (B, T, T) bool, True = may attend; or causally, where `cache`, one `Cache` per block,
-        holds the positions before these.
+        codes: (B, K, T) long, mask tokens in place (`masking.mask_codes`); stage: 0-based codebook; text: (B or less,
+        L, text_dim), T5's output, and text_mask bool, True at tokens: clips without a row, or without a token in it,
+        have the null condition. Who attends to whom: all to all at stage 0, later those within the restricted context;
+        or as `mask` says, (T, T) or (B, T, T) bool, True = may attend; or causally, where `cache`, one `Cache` per
+        block, holds the positions before these.
         """
         B, K, T = codes.shape
         if K != self.config.n_codebooks or not (stage is None or 0 <= stage < K):
@@ -271,10 +270,10 @@ TOY_MODELS = {"toy": "magnet.pt", "toy-ar": "ar.pt", "toy-hybrid": "hybrid.pt"} 
 PUBLISHED_MODELS = tuple(f"facebook/{name}" for name in (
     "magnet-small-10secs", "magnet-medium-10secs", "magnet-small-30secs", "magnet-medium-30secs", "audio-magnet-small",
     "audio-magnet-medium", "musicgen-small", "musicgen-medium", "musicgen-large"))
-AUDIOCRAFT_NAMES = (  # AudioCraft's name of a tensor -> ours
-    ("condition_provider.conditioners.description.output_proj", "text_proj"), ("transformer.layers", "blocks"),
-    ("cross_attention.out_proj", "cross_attn.out"), ("self_attn.in_proj_weight", "self_attn.qkv.weight"),
-    ("self_attn.out_proj", "self_attn.out"), ("linears", "heads"))
+TENSOR_NAMES = (  # ours -> AudioCraft's, see `support.hub.rename`
+    ("text_proj", "condition_provider.conditioners.description.output_proj"), ("blocks", "transformer.layers"),
+    ("cross_attn.out", "cross_attention.out_proj"), ("self_attn.qkv.weight", "self_attn.in_proj_weight"),
+    ("self_attn.out", "self_attn.out_proj"), ("heads", "linears"), ("cross_attn.q.", "cross_attention.in_proj_"))
 
 
 def load_model(name_or_path, device="cpu", dtype=torch.float32):
@@ -295,13 +294,13 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     content = read_checkpoint(path)
     try:
         if isinstance(content, dict) and "best_state" in content:
-            config, state, companions = read_audiocraft(content, path.parent)
+            config, state, companions = read_audiocraft(content, path)
             scales = None
         else:
             config = ModelConfig(**content["model_config"])
             state, scales = content["ema"], content.get("scales")
             companions = Companions(**{key: content[key] for key in vars(Companions("", "")) if key in content})
-        with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
+        with torch.device("meta"), NoInit():
             model = MAGNeT(config)
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, ValueError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
@@ -310,17 +309,14 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     return model.eval().requires_grad_(False), companions
 
 
-def read_audiocraft(content, folder):
-    """A published `state_dict.bin` in `folder`: (ModelConfig, state dict with our names, Companions)."""
-    settings, state = read_settings(content["xp.cfg"]), {}
-    for name, tensor in content["best_state"].items():
-        for theirs, ours in AUDIOCRAFT_NAMES:
-            name = name.replace(theirs, ours)
-        if name.endswith("cross_attention.in_proj_weight"):  # q, k and v stacked; ours keeps q apart
-            prefix = name.replace("cross_attention.in_proj_weight", "cross_attn")
-            state[f"{prefix}.q.weight"], state[f"{prefix}.kv.weight"] = tensor.tensor_split([tensor.shape[0] // 3])
-        else:
-            state[name] = tensor
+def read_audiocraft(content, path):
+    """What a published `state_dict.bin` holds: (ModelConfig, state dict with our names, Companions)."""
+    settings, folder = read_settings(content["xp.cfg"], path), path.parent
+    ours = [(published, name) for name, published in TENSOR_NAMES]
+    state = {rename(name, ours): tensor for name, tensor in check_tensors(content["best_state"], path).items()}
+    for name in [name for name in state if name.endswith("cross_attn.q.weight")]:  # q, k and v stacked: q is apart here
+        stacked = state[name]
+        state[name], state[name.replace(".q.", ".kv.")] = stacked.tensor_split([len(stacked) // 3])
     config = ModelConfig(text_dim=state["text_proj.weight"].shape[1], **settings.model)
     codec, has_t5 = folder / "compression_state_dict.bin", (folder / "spiece.model").is_file()
     return config, state, Companions(

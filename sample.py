@@ -2,10 +2,10 @@
 
 For each codebook in turn MAGNeT starts with everything hidden and runs s steps. A step predicts all hidden tokens at
 once and keeps the spans it is surest of; the least probable spans are hidden again and predicted anew. Read from top to
-bottom: the schedule, guidance, drawing a token, choosing spans, one stage, rescoring, all stages; then autoregressive
-and hybrid decoding, which go from left to right, wholly or at first; then the command line.
+bottom: schedule, guidance, drawing tokens, choosing spans, rescoring, one stage; decoding from left to right; all kinds
+of models; the command line.
 
-    python sample.py "a slow deep flute plays a rising melody, with drums" --out flute.wav
+    python sample.py "a slow deep flute plays a rising melody, with drums"
     python sample.py "80s driving pop with heavy drums" --model facebook/magnet-small-10secs --out pop.wav
 """
 
@@ -32,11 +32,9 @@ BATCH = 16  # clips that are decoded together
 class SamplingConfig(Config):
     """How to decode. The defaults are the paper's; those of autoregressive decoding are MusicGen's."""
 
-    decoding_steps: tuple[int, ...] = option((20, 10), "steps for each codebook, the last number for all that follow",
-                                             low=1, high=10_000)
+    decoding_steps: tuple[int, ...] = option((20, 10), "steps by codebook, the last for the rest", low=1, high=9999)
     temperature: float = option(3.0, "softmax temperature, annealed linearly to zero", low=0, high=1e4)
-    top_p: float = option(0.9, "nucleus: the most probable tokens that hold this much probability; 1 keeps all",
-                          above=0, high=1)
+    top_p: float = option(0.9, "nucleus: the most probable tokens with this much probability; 1: all", above=0, high=1)
     top_k: int = option(0, "keep only the k most probable tokens; 0 keeps all", low=0)
     guidance_start: float = option(10.0, "classifier-free guidance when all is hidden", low=-1e4, high=1e4)
     guidance_end: float = option(1.0, "classifier-free guidance when nothing is hidden", low=-1e4, high=1e4)
@@ -79,35 +77,34 @@ def annealed_temperature(step, steps, start):
 
 # ------------------------------------------------------------------------------------------------------------- guidance
 
-def with_null_condition(text, text_mask, negative=None):
-    """[Sec. 3.3] B prompts, then as many null conditions, which have no token, or `negative` ones (text, mask) instead.
+def with_negative(text, text_mask, negative):
+    """B prompts, then as many negative ones in place of the null condition.
 
     text: (B, L, text_dim), text_mask: (B, L), those of `negative` with 1 or B rows -> (2B, L', text_dim), (2B, L').
     """
-    null, null_mask = negative or (text * 0, text_mask & False)
-    L = max(text.shape[1], null.shape[1])
-    null, null_mask = null.to(text).expand(len(text), -1, -1), null_mask.to(text_mask).expand(len(text), -1)
-    return (torch.cat([F.pad(x, (0, 0, 0, L - x.shape[1])) for x in (text, null)]),
-            torch.cat([F.pad(x, (0, L - x.shape[1])) for x in (text_mask, null_mask)]))
+    other, other_mask = (x.to(text.device).expand(len(text), *x.shape[1:]) for x in negative)
+    L = max(text.shape[1], other.shape[1])
+    return (torch.cat([F.pad(x, (0, 0, 0, L - x.shape[1])) for x in (text, other)]),
+            torch.cat([F.pad(x, (0, L - x.shape[1])) for x in (text_mask, other_mask)]))
 
 
 def guided_logits(model, codes, stage, text, text_mask, scale, mask=None, cache=None):
     """[Sec. 3.3] Classifier-free guidance: uncond + scale * (cond - uncond), shaped as the model's logits.
 
-    codes: (B, K, T) with mask tokens; text, text_mask: from `with_null_condition`, both halves run as one batch; where
-    the scale makes one of them irrelevant it is skipped. Without a text, the unguided logits of the null condition.
-    ValueError if the logits are not finite.
+    codes: (B, K, T) with mask tokens; text, text_mask: of B prompts, the null condition is none at all, or of 2B, from
+    `with_negative`. Both halves run as one batch; where the scale makes one of them irrelevant it is skipped. Without a
+    text, the unguided logits of the null condition. ValueError if the logits are not finite.
     """
     B = len(codes)
     if text is None or scale in (0, 1):
         half = slice(B) if scale == 1 else slice(B, None)
-        text, text_mask = (None, None) if text is None else (text[half], text_mask[half])
+        text, text_mask = (None, None) if text is None or not len(text[half]) else (text[half], text_mask[half])
         logits = model(codes, stage, text, text_mask, mask, cache)
     else:
         cond, uncond = model(codes.repeat(2, 1, 1), stage, text, text_mask, mask, cache).chunk(2)
         logits = uncond + scale * (cond - uncond)
     if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or --dtype fp32 is needed")
+        raise ValueError("the model's logits are not finite: its weights are damaged, or want --dtype fp32")
     return logits
 
 
@@ -137,20 +134,20 @@ def nucleus(probs, top_p, top_k=0):
 def draw(weights, uniform):
     """One token for each row of weights (M, card), in proportion to them: uniform (M,) in [0, 1) -> (M,) long.
 
-    It is the first token whose cumulative weight exceeds `uniform` times the whole, so never one of weight zero.
+    The first token of a weight above zero whose cumulative weight exceeds `uniform` times the whole.
 
     >>> draw(torch.tensor([[0.5, 0.3, 0.0, 0.2]] * 3), torch.tensor([0.4, 0.6, 0.9]))
     tensor([0, 1, 3])
     """
-    below = weights.cumsum(dim=-1)
-    whole = below[:, -1:]
-    token = (below <= uniform[:, None] * whole).sum(dim=-1)
-    return token.minimum((below < whole).sum(dim=-1))  # where the product was rounded up to the whole
+    total = weights.cumsum(dim=-1)
+    reached = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)
+    # If the product was rounded up to the whole, none is reached: the most probable token stands in.
+    return torch.where(reached.any(dim=-1), reached.int().argmax(dim=-1), weights.argmax(dim=-1))
 
 
 def draw_tokens(logits, temperature, top_p, top_k, greedy, uniform):
     """[Sec. 3.3] Tokens for logits (M, card): tempered, cut to the nucleus, drawn with uniform (M,); (M,) long."""
-    if greedy:
+    if greedy or temperature == 0:
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits / max(temperature, 1e-2), dim=-1)
     return draw(nucleus(probs, top_p, top_k) if top_p < 1 or top_k else probs, uniform)
@@ -178,9 +175,8 @@ def log_odds(logits, tokens):
 def span_confidence(tokens, span_len, stride, scoring):
     """[Sec. 3.3] How probable each span is: as its most probable token ("max"), or as the product of all ("prod").
 
-    tokens: (B, T) `log_odds`; gives (B, n), for spans of `span_len` frames that start every `stride` frames: of "max"
-    the log odds, of "prod" -log(-log p), which rises with p as well. Where the spans tile the frames (stride =
-    span_len) the last may be shorter.
+    tokens: (B, T) `log_odds`; gives (B, n) for spans of `span_len` frames, one every `stride` frames: of "max" the log
+    odds, of "prod" -log(-log p), which rises with p too. Where the spans tile the frames the last may be shorter.
 
     >>> span_confidence(torch.tensor([[-2.0, 1.0, 0.5, -1.0]]), 3, 3, "max")
     tensor([[ 1., -1.]])
@@ -211,16 +207,15 @@ def hide_nonoverlapping(tokens, fixed, n_spans, span_len, scoring):
 def hide_stride1(tokens, fixed, n_frames, span_len, scoring):
     """[Sec. 3.3] Hide the least probable spans, which may overlap, about `n_frames` frames in all: (B, T) bool.
 
-    A span with more fixed tokens ranks behind all with fewer; fixed tokens do not count for its probability.
-    Deviation: the paper's spans do not overlap; the released code offers this and its authors call it better.
+    A span with more fixed tokens ranks behind all with fewer; they do not count for its probability. Deviation: the
+    paper's spans do not overlap; the released code offers this and its authors call it better.
     """
-    T = tokens.shape[1]
-    span_len = min(span_len, T)
+    T, span_len = tokens.shape[1], min(span_len, tokens.shape[1])
     tokens = tokens.masked_fill(fixed, -torch.inf if scoring == "max" else torch.inf)  # neither best nor a factor
     order = span_confidence(tokens, span_len, 1, scoring).argsort(dim=1)  # (B, T - l + 1), least probable first
     n_fixed = fixed.int().unfold(1, span_len, 1).sum(dim=2)
     order = order.gather(1, n_fixed.gather(1, order).argsort(dim=1, stable=True))
-    # A frame is hidden by the first u spans if the best-ranked span that covers it is among them: entry < u.
+    # A frame is hidden by the first u spans if the best-ranked span that covers it is one of them: entry < u.
     entry = F.pad(order.argsort(dim=1), (span_len - 1, span_len - 1), value=T).unfold(1, span_len, 1).amin(dim=2)
     return torch.stack([row < bisect_spans(row, max(n_frames, span_len), span_len) for row in entry])
 
@@ -240,7 +235,7 @@ def spans_to_hide(tokens, fixed, rate, given, span_len, config):
     """[Sec. 3.3] Choose what to hide again at mask rate `rate`: (B, T) bool, always at least one span.
 
     tokens: (B, T) `log_odds`; fixed: (B, T), True where a token stays; given: (T,), True at the frames that were there
-    before decoding. The rate is one of the spans (or frames) that were open then.
+    before decoding: the rate is a share of the others.
     """
     if config.span_arrangement == "stride1":
         n_frames = max(int(rate * int((~given).sum())), 1)
@@ -254,10 +249,12 @@ def spans_to_hide(tokens, fixed, rate, given, span_len, config):
 def rescored(tokens, scores, weight):
     """[Sec. 3.4, Eq. 5] Mix in another model's probabilities: (1 - weight) * p + weight * scores, as log odds (B, T).
 
-    Deviation: as in Fig. 4 the weight is the rescorer's and only the ranking of spans changes; in Eq. 5 it is MAGNeT's.
-    The two are mixed as they are, MAGNeT's tempered and guided, the rescorer's at temperature 1 and with the text; the
-    rescorer sees mask tokens in the codebooks that are yet to be decoded. The paper says nothing of either.
+    MAGNeT's probabilities are tempered and guided, the rescorer's are at temperature 1 and with the text; it sees mask
+    tokens in the codebooks that are yet to be decoded. The paper says nothing of either. Deviation: as in Fig. 4 the
+    weight is the rescorer's and only the ranking of spans changes; in Eq. 5 it is MAGNeT's.
     """
+    if not scores.isfinite().all():
+        raise ValueError("the rescorer's probabilities are not finite: its weights are damaged, or want --dtype fp32")
     p = torch.lerp(tokens.sigmoid(), scores, weight)
     other = torch.lerp((-tokens).sigmoid(), 1 - scores, weight)  # 1 - p, without the loss of digits
     return p.log() - other.log()
@@ -291,8 +288,8 @@ def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer
             logits = guided_logits(model, delayed, stage, text, text_mask, scale, mask)
             logits = logits[:, stage:stage + codes.shape[2]]
         temperature = annealed_temperature(step, steps, config.temperature)
-        uniform = draw_uniform(streams, codes.shape[2], codes.device)  # (B, T)
-        drawn = draw_tokens(logits[hidden], temperature, config.top_p, config.top_k, config.greedy, uniform[hidden])
+        uniform = draw_uniform(streams, codes.shape[2], codes.device)[hidden]
+        drawn = draw_tokens(logits[hidden], temperature, config.top_p, config.top_k, config.greedy, uniform)
         codes[:, stage] = codes[:, stage].masked_scatter(hidden, drawn)  # only hidden positions change
         # A token that was not hidden counts in its span with the probability of the model's best guess.
         candidate = logits.argmax(dim=-1).masked_scatter(hidden, drawn)
@@ -307,7 +304,7 @@ def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer
     return codes[:, stage]
 
 
-# ----------------------------------------------------------------------------- autoregressively, and every kind of model
+# ---------------------------------------------------------------------------- autoregressively, and every kind of model
 
 def decode_autoregressively(model, codes, text, text_mask, n_positions, config, streams, on_step=None):
     """[Eq. 1, App. D] Write the mask tokens of codes (B, K, T) from left to right, in the first `n_positions` delayed
@@ -320,8 +317,8 @@ def decode_autoregressively(model, codes, text, text_mask, n_positions, config, 
         unread = delayed[:, :, cache[0].filled:position]
         logits = guided_logits(model, unread, None, text, text_mask, config.ar_guidance, cache=cache)[:, :, -1]
         uniform = draw_uniform(streams, logits.shape[1], codes.device)  # (B, K)
-        tokens = draw_tokens(logits.flatten(0, 1), config.ar_temperature, 1.0, config.ar_top_k,
-                             config.greedy or config.ar_temperature == 0, uniform.flatten()).view_as(uniform)
+        tokens = draw_tokens(logits.flatten(0, 1), config.ar_temperature, 1.0, config.ar_top_k, config.greedy,
+                             uniform.flatten()).view_as(uniform)
         delayed[:, :, position] = torch.where(is_open[:, :, position], tokens, delayed[:, :, position])
         if on_step is not None:
             on_step(position=position, codes=undelay(delayed))
@@ -334,18 +331,18 @@ def generate(model, text, text_mask, codes, config=None, streams=None, negative=
     """[Sec. 3.3, Fig. 4; App. D, Fig. 7] Fill in the mask tokens of codes (B, K, T), as the model was trained to: in
     parallel, codebook after codebook; or from left to right; or so for the first `hybrid_seconds`, then in parallel.
 
-    text: (B, L, text_dim) from the text encoder and text_mask (B, L) bool, or None and None for music without a prompt;
-    codes: long, masked in the same frames of every clip and codebook; what is not masked stays (an audio prompt, the
-    surroundings of a gap); streams: from `clip_streams`; negative: (text, text_mask) of 1 or B rows in place of the
-    null condition; rescorer: has `score_codes(codes, stage, text, text_mask)` -> (B, T), the probability of each token;
-    on_step(stage, step, codes, hidden, confidence), or (position, codes) from left to right, is called after each step;
-    frame_rate: the codec's, in Hz. Gives codes (B, K, T). ValueError where an argument does not fit the model.
+    text: (B, L, text_dim) from the text encoder and text_mask (B, L) bool, or None and None for no prompt; codes: long,
+    masked in the same frames of all clips and codebooks; streams: from `clip_streams`; negative: (text, text_mask) of 1
+    or B rows in place of the null condition; rescorer: its `score_codes(codes, stage, text, text_mask)` gives the
+    probability of each token (B, T); on_step(stage, step, codes, hidden, confidence), or (position, codes) from left to
+    right, is called after each step; frame_rate: of the codec, in Hz. ValueError: an argument does not fit the model.
     """
     config, (B, K, T), kind = config or SamplingConfig(), codes.shape, model.config.objective
     check_arguments(model, text, codes, config, rescorer)
     codes, streams = codes.to(model.out_norm.weight.device), streams or clip_streams(0, range(B))
     if text is not None:
-        text, text_mask = (x.to(codes.device) for x in with_null_condition(text, text_mask.bool(), negative))
+        text, text_mask = text.to(codes.device), text_mask.to(codes.device).bool()
+        text, text_mask = (text, text_mask) if negative is None else with_negative(text, text_mask, negative)
     prompt = None
     if kind != "magnet":
         n_given = int((codes[0, 0] != model.mask_id).sum())
@@ -365,12 +362,12 @@ def check_arguments(model, text, codes, config, rescorer):
     if codes.dim() != 3 or codes.shape[1] != K or codes.shape[2] < 1 or text is not None and len(text) != len(codes):
         raise ValueError(f"codes have shape {tuple(codes.shape)}; want a row for each text, {K} codebooks, some frames")
     if codes.min() < 0 or codes.max() > model.mask_id or not masked.equal(masked[:1, :1].expand_as(masked)):
-        raise ValueError(f"codes must be below {model.mask_id}, or {model.mask_id} (masked) in the same frames of each row")
+        raise ValueError(f"codes must be 0 to {model.mask_id}, which masks the same frames in all clips and codebooks")
     if kind != "magnet" and masked[0, 0].int().diff().lt(0).any():
         raise ValueError(f"only a MAGNeT can fill in a gap (--inpaint); this model's objective is {kind}")
     if rescorer is not None and kind == "ar":
         raise ValueError("only parallel decoding can be rescored (--rescorer); this model's objective is ar")
-    if len(config.decoding_steps) > K:
+    if len(config.decoding_steps) > max(K, 2):
         raise ValueError(f"decoding_steps must hold at most {K} numbers, one per codebook, not {config.decoding_steps}")
 
 
@@ -382,11 +379,8 @@ def main():
     for config_class in (Request, SamplingConfig):
         add_flags(parser, config_class)
     args = parser.parse_args()
-    request = from_flags(args, Request())
-    from_flags(args, SamplingConfig())  # what is wrong is said before anything is loaded
-    clips = plan_clips(request, args.prompts)
-
-    device = pick_device(request.device)
+    request, _ = from_flags(args, Request()), from_flags(args, SamplingConfig())  # faults are told before all loading
+    clips, device = plan_clips(request, args.prompts), pick_device(request.device)
     dtype = pick_dtype(request.dtype, device)
     model, companions = load_model(request.model, device, dtype)
     config = from_flags(args, SamplingConfig(**companions.sampling))  # flags go before the model's own settings
@@ -398,19 +392,18 @@ def main():
         rescorer, needs = load_model(request.rescorer, device, dtype)
         needs.check(codec, encoder)
     say(model)
-
     start = time.perf_counter()
     known, n_samples = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
     size, overlap = window_size(request, model.config.seconds, codec.frame_rate)
     parts = windows(known[0, 0] != model.mask_id, size, overlap)  # slices of frames
     if len(parts) > 1:
-        say(f"made in windows of {model.config.seconds:g} s, each continues {overlap / codec.frame_rate:g} s of the last")
+        say(f"made in windows of {model.config.seconds:g} s that overlap by {overlap / codec.frame_rate:g} s")
     negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
-    batches = [(clips[i:i + BATCH], *encoder.encode_text([clip.prompt for clip in clips[i:i + BATCH]]))
-               for i in range(0, len(clips), BATCH)]
+    batches = [clips[i:i + BATCH] for i in range(0, len(clips), BATCH)]
+    texts = [encoder.encode_text([clip.prompt for clip in batch]) for batch in batches]
     del encoder  # its memory is wanted
     with tqdm(total=len(batches) * len(parts), unit="window") as bar:
-        for batch, text, text_mask in batches:
+        for batch, (text, text_mask) in zip(batches, texts, strict=True):
             codes = known.repeat(len(batch), 1, 1)
             streams = clip_streams(request.seed, [clip.number for clip in batch])
             for part in parts:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.cli import Config, option
-from support.files import load_strictly, read_checkpoint
+from support.files import NoInit, load_strictly, read_checkpoint
 from support.hub import WEIGHTS, fetch, make_config, present, read_json, rename
 
 TOY_ENCODER = Path(__file__).parent / "toy" / "weights" / "text"
@@ -251,7 +251,7 @@ class T5Encoder(nn.Module):
         same = state.pop("encoder.embed_tokens.weight", None)  # shared.weight once more; one of them may be left out
         if same is not None:
             state.setdefault("shared.weight", same)
-        with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
+        with torch.device("meta"), NoInit():  # weights that are replaced at once need neither memory nor a start
             encoder = cls(make_config(T5Config, read_json(folder / CONFIG), folder / CONFIG), folder / TOKENIZER)
         ours = {rename(name, TENSOR_NAMES): name for name in encoder.state_dict()}
         state = {ours.get(name, name): tensor for name, tensor in state.items()}

@@ -34,13 +34,13 @@ from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
 from support.data import Entry, load_data
 from support.files import Companions, fingerprint, load_strictly, read_checkpoint
+from support.hub import make_config
 from support.training import Processes, Run, unwrapped
 from t5_encoder import T5Encoder
 
 MASK_RATES = (0.25, 0.5, 0.75, 1.0)  # at which validation measures
 VALIDATED = {"magnet": MASK_RATES, "ar": ("ar",), "hybrid": (*MASK_RATES, "ar")}  # what it measures of each codebook
 WORLDS = {"toy": "toy.world", "tunes": "toy.tunes"}  # data sets that are synthesised
-MAY_MOVE = ("data", "codec", "text_encoder")  # settings that --resume takes anew: they are checked by their content
 STATE_KEYS = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id", "model", "ema",
               "optimizer", "scaler", "step", "rng")
 
@@ -91,7 +91,8 @@ class RunConfig(Config):
 
     out: str = option("runs/toy", "folder of the run")
     resume: bool = option(False, "go on from the checkpoint in --out, with its settings")
-    init_from: str = option(None, "start from the weights of this model, as --model of sample.py")
+    init_from: str = option(None, "start from this model, as --model of sample.py: weights, shape, codec, text "
+                                  "encoder, clip length and sampling settings")
     only_encode: bool = option(False, "stop when the data set is encoded into the cache")
     device: str = option("auto", "auto, cpu, cuda or mps")
     compile: bool = option(False, "torch.compile the model")
@@ -284,39 +285,55 @@ def train(run, config, clips):
 # --------------------------------------------------------------------------------------------------------- command line
 
 def read_settings(args, flags):
-    """(TrainConfig, the state to resume from or None); a run that exists is only ever touched by --resume."""
+    """(TrainConfig, what the run starts from): a checkpoint to resume, or the model of --init-from, or {}.
+
+    ValueError: a flag contradicts what the run starts from, or a run would be overwritten.
+    """
     checkpoint = Path(flags.out) / "checkpoint.pt"
-    if not flags.resume:
-        if checkpoint.exists():
-            raise ValueError(f"{flags.out} holds a run already: give --resume, or another --out")
-        return from_flags(args, TrainConfig()), None
-    if not checkpoint.is_file():
-        raise ValueError(f"--resume: there is no {checkpoint}")
-    state = read_checkpoint(checkpoint, STATE_KEYS)
-    try:
-        saved = TrainConfig(**state["config"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: its config is not one of this version ({error})") from error
-    config = from_flags(args, saved)
-    for name, value in asdict(config).items():
-        if value != getattr(saved, name) and name not in MAY_MOVE:
-            raise ValueError(f"--resume goes on with the run's own settings: {name} is {getattr(saved, name)}, not "
-                             f"{value}; to change it start a new run with --init-from")
+    if flags.resume:
+        if not checkpoint.is_file():
+            raise ValueError(f"--resume: there is no {checkpoint}")
+        state, source = read_checkpoint(checkpoint, STATE_KEYS), "--resume"
+        base = make_config(TrainConfig, state["config"], checkpoint)
+        fixed = vars(base).keys() - {"data", "codec", "text_encoder"}  # these may have moved; their content is checked
+    elif checkpoint.exists():
+        raise ValueError(f"{flags.out} holds a run already: give --resume, or another --out")
+    elif flags.init_from is None:
+        return from_flags(args, TrainConfig()), {}
+    else:
+        first, companions = load_model(flags.init_from)
+        state = {"model_config": asdict(first.config), "model": first.state_dict(), **asdict(companions)}
+        source = f"--init-from {flags.init_from}"
+        fixed = ["n_codebooks", "seconds", "text_len", "dim", "n_heads", "n_layers"]
+        base = TrainConfig(codec=companions.codec, text_encoder=companions.text_encoder, span_len=first.config.span_len,
+                           objective=first.config.objective, **{name: getattr(first.config, name) for name in fixed})
+        fixed += [name for name in ("codec", "text_encoder") if not state[f"{name}_id"]]
+    config = from_flags(args, base)
+    for name in fixed:
+        if getattr(config, name) != getattr(base, name):
+            raise ValueError(f"{source} goes on with {name} {getattr(base, name)}; --{name.replace('_', '-')} "
+                             f"{getattr(config, name)} contradicts it")
+    if config.objective != base.objective:
+        say(f"{source} was trained for the objective {base.objective}; this run is {config.objective}")
     return config, state
 
 
-def new_model(config, codec, encoder):
-    """A MAGNeT of random weights, as the flags say, for this codec and text encoder."""
-    torch.manual_seed(config.seed)
+def model_config(args, config, state, codec, encoder):
+    """The shape of the model: that of what the run starts from, or as the flags, codec and text encoder say."""
     context = round(config.context_ms / 1000 * codec.frame_rate) if config.context_ms >= 0 else -1
-    return MAGNeT(ModelConfig(
+    if state:
+        if "context_ms" not in args:
+            context = state["model_config"]["context"]
+        return ModelConfig(**state["model_config"] | {"context": context, "span_len": config.span_len,
+                                                      "dropout": config.dropout, "objective": config.objective})
+    return ModelConfig(
         n_codebooks=codec.n_codebooks, card=codec.codebook_size, dim=config.dim, n_heads=config.n_heads,
         n_layers=config.n_layers, text_dim=encoder.config.d_model, text_len=config.text_len, context=context,
-        span_len=config.span_len, seconds=config.seconds, dropout=config.dropout, objective=config.objective))
+        span_len=config.span_len, seconds=config.seconds, dropout=config.dropout, objective=config.objective)
 
 
 def world_entries(world, n_clips, split, seconds):
-    """Entries of a synthesised data set; the key holds a hash of its source, so that a changed world is encoded anew."""
+    """Entries of a synthesised data set; keys hold a hash of its source, so that a changed world is encoded anew."""
     version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()
     return [Entry(f"{split} {i}", f"{version}-{split}-0-{i}",
                   lambda tell, i=i: iter([world.example(i, split, 0, seconds)[0]]), world.describe(i, split, 0)[1])
@@ -350,20 +367,21 @@ def main():
     if not sum(config.stage_weights[:codec.n_codebooks]):
         raise ValueError(f"--stage-weights {config.stage_weights}: trains none of {codec.n_codebooks} codebooks")
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
-    companions = Companions(config.codec, config.text_encoder, fingerprint(codec), fingerprint(encoder))
-    if state:
-        Companions(**{key: state[key] for key in vars(companions) if key in state}).check(codec, encoder)
+    before = {key: state[key] for key in ("codec_id", "text_encoder_id", "sampling") if key in state}
+    companions = Companions(config.codec, config.text_encoder, **before)
+    companions.check(codec, encoder)
+    companions.codec_id, companions.text_encoder_id = fingerprint(codec), fingerprint(encoder)
     with processes.first_alone():
         clips, valid_clips = load_clips(config, flags, codec, encoder, device)
     say(f"{len(clips)} training clips and {len(valid_clips)} validation clips of {config.seconds:g} s")
     if flags.only_encode:
         return
-    model = new_model(config, codec, encoder).to(device)
-    if flags.init_from and not state:
-        first, companions.sampling = load_model(flags.init_from)
-        load_strictly(model, first.state_dict(), flags.init_from)
-    kinds = VALIDATED[config.objective]
-    this_run = Run(flags, config, model, companions, processes, validate, kinds, valid_clips, state)
+    torch.manual_seed(config.seed)
+    model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)
+    if state:
+        load_strictly(model, state["model"], flags.init_from or flags.out)
+    this_run = Run(flags, config, model, companions, processes, validate, VALIDATED[config.objective], valid_clips,
+                   state if flags.resume else None)
     if processes.rank == 0:
         say(f"{model} on {device} x {world}")
     train(this_run, config, clips)

@@ -29,9 +29,10 @@ from statistics import mean
 
 import torch
 
-from cli import Parser, fingerprint, pick_device, run
 from model import load_model
 from sample import SamplingConfig
+from support.cli import Parser, pick_device, run
+from support.files import fingerprint, whole_file
 from toy.evaluate import evaluate
 from toy.world import ATTRIBUTES
 
@@ -70,13 +71,10 @@ def add_row(path, row, columns=COLUMNS):
     """Write a results file anew with one row more, whole or not at all."""
     rows = [*read_rows(path), {name: f"{value:.4g}" if isinstance(value, float) else value
                                for name, value in row.items()}]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
-    with part.open("w", newline="") as file:
+    with whole_file(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(part, path)
 
 
 def is_done(path, cell):
@@ -135,7 +133,7 @@ def name_with_weights(name):
 def ablate_sampling(experiment, args, common, measured):
     """measured: {(settings, seed): columns} of the cells so far, since the model's own settings are a cell of several
     experiments."""
-    path, own = RESULTS / f"{experiment}.csv", SamplingConfig(**load_model(args.model)[1].get("sampling", {}))
+    path, own = RESULTS / f"{experiment}.csv", SamplingConfig(**load_model(args.model)[1].sampling)
     model = name_with_weights(args.model)
     for seed, (setting, changes) in product(args.seeds, SAMPLING_CELLS[experiment].items()):
         cell = {"experiment": experiment, "setting": setting, "seed": seed, "n_prompts": args.n // 2 * 2,

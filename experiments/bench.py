@@ -1,5 +1,5 @@
-"""Speed, as ratios measured side by side in one run: what local attention saves,
-what attention written out saves when training in bfloat16 on a CPU, and what reusing the text saves.
+"""Speed, as ratios measured side by side in one run: what local attention saves, and what attention written out saves
+when training in bfloat16 on a CPU.
 
     python -m experiments.bench
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from masking import restricted_attention_mask
-from model import MAGNeT, ModelConfig, attention, local_attention
+from model import attention, local_attention
 
 
 def race(*functions, repeats):
@@ -48,15 +48,6 @@ def training_race(n_queries, n_keys, repeats):
                 lambda: attention(q, k, v).sum().backward(), repeats=repeats)
 
 
-@torch.inference_mode()
-def text_race(repeats):
-    """Seconds of a decoding step that projects the text anew, and of one that reuses keys and values."""
-    model = MAGNeT(ModelConfig(dim=256, n_heads=4, n_layers=8, text_dim=768)).eval()
-    codes, text, mask = torch.zeros(1, 4, 200, dtype=torch.long), torch.randn(1, 128, 768), torch.ones(1, 128)
-    prepared = model.prepare_text(text, mask)
-    return race(lambda: model(codes, 1, text, mask), lambda: model(codes, 1, prepared=prepared), repeats=repeats)
-
-
 def main():
     parser = argparse.ArgumentParser(description="benchmarks that print ratios")
     parser.add_argument("--repeats", type=int, default=7)
@@ -73,8 +64,6 @@ def main():
     for what, n_keys in (("self-attention, T = 200", 200), ("cross-attention, N = 32", 32)):
         fused, ours = training_race(200, n_keys, args.repeats)
         print(f"{what:30} {fused * 1e3:7.1f} ms {ours * 1e3:9.1f} ms {fused / ours:6.1f}x")
-    anew, reused = text_race(args.repeats)
-    print(f"decoding step, text projected anew {anew * 1e3:.1f} ms, reused {reused * 1e3:.1f} ms: {anew / reused:.2f}x")
 
 
 if __name__ == "__main__":

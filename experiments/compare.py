@@ -19,10 +19,10 @@ from statistics import mean, median
 
 import torch
 
-from cli import DTYPES, Parser, pick_device, pick_dtype, positive, run
 from experiments.ablations import RESULTS, add_row, hardware, is_done, name_with_weights, read_rows
 from model import MAGNeT, ModelConfig, load_model
-from sample import SamplingConfig, generate_as_trained
+from sample import SamplingConfig, generate
+from support.cli import DTYPES, Parser, pick_device, pick_dtype, run
 from toy.evaluate import SPLITS, evaluate, with_interval
 from toy.world import ATTRIBUTES
 
@@ -51,10 +51,10 @@ def quality_cells(models):
     return cells + [("hybrid", f"{s:g} s", hybrid, {"hybrid_seconds": s}, 0.0) for s in PROMPTS if hybrid]
 
 
-def measure(name, config, seed, args, rescorer=None, weight=0.0):
+def measure(name, config, seed, args, rescorer=None):
     """Play and judge: the measured columns of a row."""
     result = evaluate(name, config, pick_device(args.device), args.n, floors=False, losses=False, seed=seed, repeated=1,
-                      rescorer=rescorer, rescorer_weight=weight)
+                      rescorer=rescorer)
     row = {"frechet": result["frechet"]["model"], "seconds_per_clip": result["seconds_per_clip"], "right": ""}
     for kind in SPLITS:
         overall = result["adherence"][f"model, {kind}"]["overall"]
@@ -84,8 +84,8 @@ def compare_quality(args):
         cell = {"method": method, "setting": setting, "seed": seed, "model": labels[name], "n_prompts": args.n // 2 * 2,
                 "rescorer": labels.get(rescorer, ""), "dtype": str(pick_dtype("auto", device)).removeprefix("torch.")}
         if not is_done(path, cell):
-            config = SamplingConfig(**load_model(name)[1].get("sampling", {}) | changes)
-            add_row(path, {**cell, **(row := measure(name, config, seed, args, rescorer, weight)),
+            config = SamplingConfig(**load_model(name)[1].sampling | changes | {"rescorer_weight": weight})
+            add_row(path, {**cell, **(row := measure(name, config, seed, args, rescorer)),
                            "hardware": hardware(device)}, QUALITY)
             print(f"{method:20}{setting:8} seed {seed}: {row['overall_seen']:.1%} seen, {row['overall_unseen']:.1%} "
                   f"unseen, Frechet distance {row['frechet']:.0f}, {row['seconds_per_clip']:.2f} s per clip")
@@ -97,12 +97,12 @@ def seconds_of(model, config, batch, n_frames, repeats):
     """Median seconds to generate a batch of clips, after a short clip to warm up; nan if memory does not suffice."""
     weight, times = model.out_norm.weight, []
     text = torch.randn(batch, 32, model.config.text_dim, device=weight.device)
-    generator = torch.Generator(weight.device).manual_seed(0)
+    text_mask = torch.ones(batch, 32, dtype=torch.bool)
     try:
         for n in (8, *[n_frames] * repeats):
             start = time.perf_counter()
-            codes = generate_as_trained(model, text, torch.ones_like(text[..., 0]), n, config, generator=generator)
-            codes.sum().item()  # waits for the device
+            masked = torch.full((batch, model.config.n_codebooks, n), model.mask_id)
+            generate(model, text, text_mask, masked, config).sum().item()  # waits for the device
             times.append(time.perf_counter() - start)
     except torch.cuda.OutOfMemoryError:
         return float("nan")
@@ -257,12 +257,14 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="quality: of the sampling")
     parser.add_argument("--n", type=int, default=100, help="quality: prompts per cell, half of them unseen pairs")
     parser.add_argument("--shape", default="toy", choices=SHAPES, help="latency: of the model")
-    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="latency: sizes")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="latency: sizes")
     parser.add_argument("--lengths", type=float, nargs="+", default=[4, 10, 30], help="latency: seconds of the clips")
-    parser.add_argument("--repeats", type=positive, default=3, help="latency: how often each is timed")
+    parser.add_argument("--repeats", type=int, default=3, help="latency: how often each is timed")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="latency: of the model")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    if min(*args.batches, args.repeats, 1) < 1:
+        raise ValueError("--batches and --repeats must be at least 1")
     {"quality": compare_quality, "latency": compare_latency, "plot": draw_all}[args.part](args)
 
 

@@ -1,4 +1,4 @@
-"""A MAGNeT of full size with random weights, laid out like a published one, run end to end: memory and seconds.
+"""A model of full size with random weights, laid out like a published one, run end to end: memory and seconds.
 
     python -m experiments.full_size /tmp/magnet --steps 20 10 10 10
 
@@ -14,92 +14,63 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import yaml
 
-import hub
-from encodec_wrap import Codec, CodecConfig, hugging_face_name
-from model import PUBLISHED_NAMES, MAGNeT, ModelConfig
-from t5_encoder import PUBLISHED, T5Encoder, Tokenizer
+import encodec_wrap
+from encodec_wrap import CODEC_FILE, REPOSITORY, Codec, CodecConfig
+from model import TENSOR_NAMES, MAGNeT, ModelConfig
+from support.files import save_whole
+from support.hub import rename
+from t5_encoder import T5Config, T5Encoder
+from toy.train_text import save_pretrained
 
 ROOT = Path(__file__).parent.parent
 SPIECE = ROOT / "tests" / "data" / "t5_spiece.model"
 SIZES = {"small": dict(dim=1024, n_heads=16, n_layers=24), "medium": dict(dim=1536, n_heads=24, n_layers=48)}
+T5 = {"t5-base": T5Config(32128, 768, 64, 3072, 12, 12), "t5-large": T5Config(32128, 1024, 64, 4096, 24, 16)}
 CODEC_32KHZ = CodecConfig(
     sample_rate=32_000, ratios=(8, 5, 4, 4), codebook_size=2048, dimension=128, n_filters=64, lstm=2)
 CODEC_16KHZ = replace(CODEC_32KHZ, sample_rate=16_000, ratios=(8, 5, 4, 2))
-CODEC_SETTINGS = """\
-sample_rate: {c.sample_rate}
-encodec:
-  renormalize: false
-seanet:
-  dimension: {c.dimension}
-  n_filters: {c.n_filters}
-  ratios: {ratios}
-  lstm: {c.lstm}
-  causal: false
-  true_skip: true
-  pad_mode: {c.pad_mode}
-rvq:
-  n_q: {c.n_codebooks}
-  bins: {c.codebook_size}
-"""
-SETTINGS = """\
-solver: magnet
-sample_rate: {sample_rate}
-channels: 1
-lm_model: transformer_lm_magnet
-dataset:
-  segment_duration: {c.seconds:g}
-transformer_lm:
-  dim: {c.dim}
-  num_heads: {c.n_heads}
-  num_layers: {c.n_layers}
-  hidden_scale: {c.ffn_mult}
-  n_q: {c.n_codebooks}
-  card: {c.card}
-  subcodes_context: {c.context}
-masking:
-  span_len: {c.span_len}
-conditioners:
-  description:
-    model: t5
-    t5:
-      name: t5-base
-"""
 
 
 def published_state(model, dtype):
-    """The weights of a `MAGNeT` under AudioCraft's names: the inverse of `model.from_published_names`."""
+    """The weights of a `MAGNeT` under AudioCraft's names, which stack q, k and v."""
     published, state = {}, model.state_dict()
     for name, tensor in state.items():
-        if name.endswith("cross_attn.kv.weight"):
-            continue
         if name.endswith("cross_attn.q.weight"):
-            tensor = torch.cat([tensor, state[name.replace("attn.q", "attn.kv")]])
-            name = name.replace("cross_attn.q.weight", "cross_attention.in_proj_weight")
-        for theirs, ours in PUBLISHED_NAMES:
-            name = name.replace(ours, theirs)
-        published[name] = tensor.to(dtype)
+            tensor = torch.cat([tensor, state[name.replace(".q.", ".kv.")]])
+        if not name.endswith("cross_attn.kv.weight"):
+            published[rename(name, TENSOR_NAMES)] = tensor.to(dtype)
     return published
 
 
-def write_model(model, folder, dtype=torch.float16, sample_rate=32_000):
-    """Write state_dict.bin, and the pointer to the 32 kHz codec."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = SETTINGS.format(c=model.config, sample_rate=sample_rate)
-    torch.save({"best_state": published_state(model, dtype), "xp.cfg": settings, "version": "1.3.0", "exported": True},
-               folder / hub.MODEL_FILES[0])
-    torch.save({"pretrained": hub.CODEC}, folder / hub.MODEL_FILES[1])
+def model_settings(config, text_encoder):
+    """The settings text of a MAGNeT, as far as it is read."""
+    shape = {"n_q": config.n_codebooks, "card": config.card, "dim": config.dim, "num_heads": config.n_heads,
+             "num_layers": config.n_layers, "hidden_scale": config.ffn_mult, "causal": False,
+             "subcodes_context": config.context}
+    return yaml.safe_dump({
+        "solver": "magnet", "channels": 1, "lm_model": "transformer_lm_magnet", "transformer_lm": shape,
+        "masking": {"span_len": config.span_len}, "dataset": {"segment_duration": config.seconds},
+        "codebooks_pattern": {"modeling": "parallel"},
+        "conditioners": {"description": {"model": "t5", "t5": {"name": text_encoder}}}})
+
+
+def write_model(model, folder, text_encoder, dtype=torch.float16):
+    """Write state_dict.bin."""
+    save_whole({"best_state": published_state(model, dtype), "xp.cfg": model_settings(model.config, text_encoder),
+                "version": "1.3.0", "exported": True}, folder / "state_dict.bin")
 
 
 def write_codec(codec, folder):
     """Write a 32 kHz codec in the layout of Hugging Face."""
-    folder.mkdir(parents=True, exist_ok=True)
     c, state = codec.config, codec.model.state_dict()
-    torch.save({hugging_face_name(name): tensor for name, tensor in state.items()}, folder / hub.WEIGHTS[1])
+    save_whole({rename(name, encodec_wrap.TENSOR_NAMES): tensor for name, tensor in state.items()},
+               folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps({
         "sampling_rate": c.sample_rate, "upsampling_ratios": c.ratios, "num_lstm_layers": c.lstm,
         "use_causal_conv": c.causal, "use_conv_shortcut": not c.true_skip, "pad_mode": c.pad_mode, "normalize": False}))
@@ -107,28 +78,26 @@ def write_codec(codec, folder):
 
 def write_audiocraft_codec(codec, folder):
     """Write a codec in AudioCraft's own layout, as the sound-effect models have one."""
-    settings = CODEC_SETTINGS.format(c=codec.config, ratios=list(codec.config.ratios))
-    torch.save({"best_state": codec.model.state_dict(), "xp.cfg": settings}, folder / hub.MODEL_FILES[1])
-
-
-def write_text_encoder(config, folder):
-    """Write a random T5 with T5's own tokenizer."""
-    encoder = T5Encoder(config)
-    encoder.tokenizer = Tokenizer(SPIECE)
-    encoder.save_pretrained(folder)
+    c = asdict(codec.config)
+    seanet = {name: c[name] for name in ("dimension", "n_filters", "lstm", "causal", "true_skip", "pad_mode")}
+    settings = {"sample_rate": c["sample_rate"], "encodec": {"renormalize": False},
+                "seanet": seanet | {"ratios": list(c["ratios"])},
+                "rvq": {"n_q": c["n_codebooks"], "bins": c["codebook_size"]}}
+    save_whole({"best_state": codec.model.state_dict(), "xp.cfg": yaml.safe_dump(settings)}, folder / CODEC_FILE)
 
 
 def write_all(args, folder):
-    """Write a model with random weights, its codec and its text encoder."""
+    """Write a model with random weights, its codec and its text encoder, with T5's own tokenizer."""
     torch.manual_seed(0)
-    model = MAGNeT(ModelConfig(card=2048, text_dim=768, seconds=args.clip, **SIZES[args.size]))
+    text_encoder = "t5-large" if args.sounds else "t5-base"
+    model = MAGNeT(ModelConfig(card=2048, text_dim=T5[text_encoder].d_model, seconds=args.clip, **SIZES[args.size]))
+    write_model(model, folder, text_encoder)
     if args.sounds:
-        write_model(model, folder, sample_rate=CODEC_16KHZ.sample_rate)
-        write_audiocraft_codec(Codec.from_config(CODEC_16KHZ), folder)
+        write_audiocraft_codec(Codec(CODEC_16KHZ), folder)
     else:
-        write_model(model, folder)
-        write_codec(Codec.from_config(CODEC_32KHZ), folder / "encodec_32khz")
-    write_text_encoder(PUBLISHED["t5-base"], folder / "t5-base")
+        save_whole({"pretrained": REPOSITORY}, folder / CODEC_FILE)
+        write_codec(Codec(CODEC_32KHZ), folder / "encodec_32khz")
+    save_pretrained(T5Encoder(T5[text_encoder], SPIECE), folder / text_encoder)
 
 
 def main():
@@ -136,13 +105,13 @@ def main():
     parser.add_argument("folder", type=Path, help="where to write the weights (1.6 GB for small); they are used again")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--clip", type=float, default=10.0, help="length of the training clips in seconds: 10 or 30")
-    parser.add_argument("--sounds", action="store_true", help="a sound-effect model: its codec runs at 16 kHz")
+    parser.add_argument("--sounds", action="store_true", help="a sound-effect model: codec at 16 kHz, t5-large")
     parser.add_argument("--steps", type=int, nargs=4, default=[20, 10, 10, 10], help="decoding steps")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     folder = args.folder / f"{'audio-' * args.sounds}magnet-{args.size}-{args.clip:g}secs"
-    if not (folder / "t5-base").is_dir():
+    if not any(folder.glob("t5-*/pytorch_model.bin")):
         write_all(args, folder)
         # Begin anew: the peak memory of a child counts what its parent held when it was started.
         os.execv(sys.executable, [sys.executable, "-m", "experiments.full_size", *sys.argv[1:]])

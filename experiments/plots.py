@@ -7,8 +7,8 @@ from statistics import mean
 
 import matplotlib
 
-from cli import Parser, run
 from experiments.ablations import RESULTS, SAMPLING_CELLS, read_rows
+from support.cli import Parser, run
 from toy.evaluate import wilson, with_interval
 
 matplotlib.use("Agg")

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-import yaml
+from support.hub import read_yaml
 
 FIXED = {  # settings that our network does not vary: name -> (ours, what another value means)
+    "codebooks_pattern.delay.flatten_first": (0, "a flattened beginning"),
+    "codebooks_pattern.delay.empty_initial": (0, "an empty beginning"),
     "channels": (1, "a stereo model"), "fuser.sum": ([], "a condition that is added"),
     "fuser.prepend": ([], "a melody-conditioned model"), "fuser.cross": (["description"], "another condition"),
     "fuser.cross_attention_pos_emb": (False, "cross_attention_pos_emb"),
@@ -32,26 +34,23 @@ class Settings:
     text_encoder: str
 
 
-def read_settings(text):
-    """YAML text -> `Settings`. KeyError: a setting is missing; ValueError: one that our network does not have."""
-    settings = yaml.safe_load(text)
-    flat = {f"{group}.{name}": value for group, values in settings.items() if isinstance(values, dict)
-            for name, value in values.items()} | settings
+def read_settings(text, path):
+    """YAML text of the file `path` -> `Settings`. KeyError: a setting is missing; ValueError: it is not supported."""
+    settings = read_yaml(text, path)
     for name, (ours, other) in FIXED.items():
-        if flat.get(name, ours) != ours:
-            raise ValueError(f"{other} is not supported: {name} is {flat[name]}, not {ours}")
-    lm, pattern = settings["transformer_lm"], settings["codebooks_pattern"]
-    model = {ours: lm[name] for name, ours in SHAPE.items()}
-    model["seconds"] = float(settings["dataset"]["segment_duration"])
-    released = flat.get("generate.lm", {})
-    if lm["causal"]:  # a MusicGen, which has neither spans nor a restricted context
-        if pattern["modeling"] != "delay" or list(pattern["delay"]["delays"]) != list(range(lm["n_q"])):
-            raise ValueError(f"its codebooks are not delayed by one frame each: {pattern['modeling']}, "
-                             f"{pattern['delay']['delays']}")
+        if settings.get(name, ours) != ours:
+            raise ValueError(f"{other} is not supported: {name} is {settings[name]}, not {ours}")
+    model = {ours: settings[f"transformer_lm.{name}"] for name, ours in SHAPE.items()}
+    model["seconds"] = float(settings["dataset.segment_duration"])
+    sampling_names = MUSICGEN_SAMPLING if settings["transformer_lm.causal"] else MAGNET_SAMPLING
+    sampling = {ours: settings[f"generate.lm.{name}"] for name, ours in sampling_names.items()
+                if f"generate.lm.{name}" in settings}
+    if settings["transformer_lm.causal"]:  # a MusicGen, which has neither spans nor a restricted context
+        pattern, delays = settings["codebooks_pattern.modeling"], settings.get("codebooks_pattern.delay.delays")
+        if pattern != "delay" or delays not in (None, list(range(model["n_codebooks"]))):
+            raise ValueError(f"its codebooks are not delayed by one frame each: {pattern}, {delays}")
         model |= {"objective": "ar", "context": -1}
-        sampling = {ours: released[name] for name, ours in MUSICGEN_SAMPLING.items() if name in released}
     else:
-        model |= {"context": lm["subcodes_context"], "span_len": settings["masking"]["span_len"]}
-        sampling = {ours: released[name] for name, ours in MAGNET_SAMPLING.items() if name in released}
+        model |= {"context": settings["transformer_lm.subcodes_context"], "span_len": settings["masking.span_len"]}
         sampling["schedule"] = "released"
-    return Settings(model, sampling, settings["conditioners"]["description"]["t5"]["name"])
+    return Settings(model, sampling, settings["conditioners.description.t5.name"])

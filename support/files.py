@@ -12,7 +12,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+         torch.uint8, torch.bool)  # types of weights
 STALE = 3600  # seconds without a change after which a temporary file is what a killed process left behind
+
+
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Within this context new modules are not initialised: for those, on the device "meta", that are loaded at once."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -75,7 +86,7 @@ def check_tensors(state, path):
     """`state`, if it holds plain tensors by name; else ValueError."""
     if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-            and not tensor.is_quantized and not tensor.is_complex() and tensor.device.type == "cpu"
+            and tensor.dtype in PLAIN and tensor.device.type == "cpu"
             for name, tensor in state.items()):
         raise ValueError(f"{path}: its weights are not plain tensors by name")
     return state

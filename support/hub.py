@@ -42,8 +42,9 @@ def fetch(repository, *files):
     except Exception as error:  # the library's errors have no one type over its versions
         reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
     if reason:
-        missing = [" or ".join(hf_hub_url(repository, name) for name in file.split("|")) for file in files
-                   if not (present(by_hand, file) if by_hand.is_dir() else paths[file])]
+        missing = [" or ".join(hf_hub_url(repository, name) for name in file.split("|") if "|" not in file or
+                               not name.endswith(".index.json"))  # of weights in parts nobody needs to hear
+                   for file in files if not (present(by_hand, file) if by_hand.is_dir() else paths[file])]
         raise ConnectionError(f"download failed ({reason}); try again, or put {' and '.join(missing)} into the folder "
                               f"{by_hand.absolute()}")
     for path in paths.values():

@@ -107,12 +107,11 @@ class Run:
         self.generator, self.first = torch.Generator().manual_seed(config.seed), 0
         self.losses = []  # since the last row of the log
         self.optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95),
-                                           weight_decay=config.weight_decay)
+                                           weight_decay=config.weight_decay, fused=device.type != "mps")
         self.amp, scaled = precision(config.dtype, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.path = Path(flags.out) / "checkpoint.pt"
         if state:
-            load_strictly(self.model, state["model"], self.path)
             load_strictly(self.ema, state["ema"], self.path)
             try:
                 self.optimizer.load_state_dict(state["optimizer"])

@@ -3,8 +3,10 @@
 import hashlib
 import http.server
 import re
+import resource
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +105,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if "/resolve/" in self.path:
             self.server.served.append(re.sub("/resolve/[^/]*/", "/", self.path[1:]))
+            self.server.token = self.headers.get("Authorization")
         self.do_HEAD()
         self.wfile.write(self.content[:self.server.cut_at])
 
@@ -120,7 +123,8 @@ def use_hub(monkeypatch, url):
 def local_hub(offline, tmp_path, monkeypatch):
     """A hub on 127.0.0.1 that serves the files of its `folder` (owner/name/file), and an empty cache for them.
 
-    `served` lists what it sent ("owner/name/file"); `cut_at` breaks files off at that byte; `commit` is the newest.
+    `served` lists what it sent ("owner/name/file"); `cut_at` breaks files off at that byte; `commit` is the newest;
+    `token` is the header by which the last one to fetch a file was known.
     """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.folder, server.served, server.cut_at, server.commit = tmp_path / "remote", [], None, "c" * 40
@@ -176,3 +180,18 @@ def assert_one_line(ended, *words):
     assert len(lines) == 1 and ": error: " in lines[0], ended.err
     for word in words:
         assert word in lines[0]
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(size):` no file can be written beyond so many bytes, as on a disk with no more room."""
+    @contextmanager
+    def full_disk(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full_disk

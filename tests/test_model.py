@@ -435,7 +435,7 @@ BAD_FILES = {  # name: (content, what the message says)
     "a tensor transposed": (with_tensor("transformer.layers.1.linear1.weight", lambda x: x.T),
                             r"blocks.1.linear1.weight has shape \(64, 256\), want \(256, 64\)"),
     "not a number": (with_tensor(HEAD, lambda x: x * torch.nan), "heads.3.weight holds numbers that are not finite"),
-    "a setting too few": (with_settings("subcodes_context", "other"), "it lacks 'subcodes_context'"),
+    "a setting too few": (with_settings("subcodes_context", "other"), "it lacks 'transformer_lm.subcodes_context'"),
     "settings in no language": (with_settings("solver:", "{"), "is not the checkpoint of a MAGNeT"),
     "another activation": (with_settings("activation: gelu", "activation: relu"), "another activation is not support"),
     "other delays": (with_settings("[0, 1, 2, 3]", "[0, 0, 1, 1]", "musicgen_tiny_state_dict.bin"), "not delayed by"),

@@ -34,7 +34,7 @@ from sample import (
     rescored,
     span_confidence,
     spans_to_hide,
-    with_null_condition,
+    with_negative,
 )
 from t5_encoder import T5Encoder
 
@@ -52,7 +52,9 @@ class Fixed(MAGNeT):
         return self
 
     def forward(self, codes, stage, text=None, text_mask=None, mask=None, cache=None):
-        has_text = torch.ones(len(codes)) if text is None else text_mask.any(dim=1).float()
+        has_text = torch.zeros(len(codes))
+        if text is not None:
+            has_text[:len(text)] = text_mask.any(dim=1).float()
         return has_text[:, None, None] * self.logits.expand(codes.shape[2], -1)
 
 
@@ -120,12 +122,12 @@ def test_generate_ties_guidance_to_the_mask_rate_and_not_to_the_step(make_magnet
 
 # ------------------------------------------------------------------------------------------------------------- guidance
 
-def test_with_null_condition_puts_rows_without_a_token_or_a_negative_prompt_behind_the_prompts():
+def test_with_negative_puts_a_negative_prompt_of_any_length_behind_each_prompt():
     prompts = torch.ones(2, 3, 8), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
-    text, mask = with_null_condition(*prompts)
-    assert drawn(mask) == ["xx.", "xxx", "...", "..."] and not text[2:].any()
-    text, mask = with_null_condition(*prompts, (torch.full((1, 4, 8), 5.0), torch.ones(1, 4).bool()))
-    assert drawn(mask) == ["xx..", "xxx.", "xxxx", "xxxx"] and (text[2:] == 5).all(), "a longer one"
+    text, mask = with_negative(*prompts, (torch.full((1, 4, 8), 5.0), torch.ones(1, 4).bool()))
+    assert drawn(mask) == ["xx..", "xxx.", "xxxx", "xxxx"] and (text[2:] == 5).all()
+    text, mask = with_negative(*prompts, (torch.full((1, 2, 8), 5.0), torch.ones(1, 2).bool()))
+    assert drawn(mask) == ["xx.", "xxx", "xx.", "xx."] and (text[2:, :2] == 5).all() and not text[2:, 2:].any()
 
 
 @pytest.mark.parametrize("scale, logit, rows", [(-1.0, -2.0, 4), (0.0, 0.0, 2), (0.5, 1.0, 4), (1.0, 2.0, 2),
@@ -134,7 +136,7 @@ def test_guided_logits_go_from_the_null_condition_through_the_prompt(scale, logi
     """0 without the text, 2 with it. One batch of both, and of one alone where the scale leaves it alone."""
     model, seen = make_magnet(kind=Fixed, card=2).answer(2.0, 0.0), []
     model.register_forward_pre_hook(lambda model, args: seen.append(len(args[0])))
-    logits = guided_logits(model, random_codes(model, 5), 0, *with_null_condition(*random_text(model)), scale)
+    logits = guided_logits(model, random_codes(model, 5), 0, *random_text(model), scale)
     assert logits.shape == (2, 5, 2) and (logits[..., 0] == logit).all() and seen == [rows]
 
 
@@ -620,9 +622,9 @@ def test_sampling_config_defaults_are_the_papers():
 
 @pytest.mark.parametrize("change, words", [
     (lambda codes: codes[:, :3], "4 codebooks"), (lambda codes: codes[:, :, :0], "some frames"),
-    (lambda codes: codes[:1], "a row for each text"), (lambda codes: codes + 1, "codes must be below 16"),
-    (lambda codes: codes - 17, "codes must be below 16"),
-    (lambda codes: codes.index_fill(1, torch.tensor([2]), 3), "masked.* in the same frames of each row")])
+    (lambda codes: codes[:1], "a row for each text"), (lambda codes: codes + 1, "codes must be 0 to 16"),
+    (lambda codes: codes - 17, "codes must be 0 to 16"),
+    (lambda codes: codes.index_fill(1, torch.tensor([2]), 3), "masks the same frames in all clips and codebooks")])
 def test_generate_says_what_is_wrong_with_the_codes(change, words, make_magnet):
     model = make_magnet()
     with pytest.raises(ValueError, match=words):

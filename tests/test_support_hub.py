@@ -5,16 +5,21 @@ the readers of settings.
 """
 
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+import support.cli
 from support.cli import Config, option
-from support.files import read_tensors
+from support.files import read_checkpoint
 from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, read_json, read_yaml, rename
 
 NAME = "google-t5/some-model"
@@ -53,14 +58,14 @@ def test_fetch_brings_the_parts_that_an_index_lists(local_hub):
     put(local_hub.folder / NAME, model__safetensors__index__json=json.dumps({"weight_map": parts}).encode())
     for name, tensor in tensors.items():
         save_file({name: tensor}, local_hub.folder / NAME / parts[name])
-    assert read_tensors(fetch(NAME, WEIGHTS) / "model.safetensors.index.json") == tensors
+    assert read_checkpoint(fetch(NAME, WEIGHTS) / "model.safetensors.index.json") == tensors
 
 
 def test_fetch_completes_a_folder_with_files_of_the_same_version(local_hub):
     put(local_hub.folder / NAME, config__json=b"{}", spiece__model=b"")
     first = fetch(NAME, "config.json")
     local_hub.commit = "d" * 40
-    assert fetch(NAME, "config.json", "spiece.model") == first
+    assert fetch(NAME, "spiece.model", "config.json") == first
     assert {path.name for path in first.iterdir()} == {"config.json", "spiece.model"}
 
 
@@ -106,6 +111,17 @@ def test_fetch_asks_no_one_in_offline_mode(local_hub, monkeypatch):
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
         fetch(NAME, "config.json")
     assert local_hub.served == []
+
+
+def test_fetch_obeys_the_environment_variables_of_the_library(local_hub, tmp_path):
+    put(local_hub.folder / NAME, config__json=b"{}")
+    code = f"from support.hub import fetch; print(fetch({NAME!r}, 'config.json'))"
+    env = {"HF_ENDPOINT": local_hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret",
+           "PYTHONPATH": str(Path(support.cli.__file__).parent.parent)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    ended = subprocess.run([sys.executable, "-c", code], env=kept | env, capture_output=True, text=True, check=True)
+    assert (Path(ended.stdout.strip()) / "config.json").read_bytes() == b"{}"
+    assert ended.stdout.startswith(str(tmp_path / "home" / "hub")) and local_hub.token == "Bearer hf_secret"
 
 
 def test_fetch_url_checks_the_hash_and_keeps_the_file(local_hub):

@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import Parser, add_flags, check_same, from_flags, pick_device, pick_dtype, run
-from data import collect, encode, toy_sources
 from encodec_wrap import load_codec
 from model import load_model
-from sample import BATCH, SamplingConfig, check_kind, generate_as_trained, load_rescorer
+from sample import BATCH, SamplingConfig, clip_streams, generate
+from support.cli import Parser, add_flags, from_flags, pick_device, pick_dtype, run
+from support.data import collect, encode
+from support.training import precision
 from t5_encoder import T5Encoder
+from toy import world
 from toy.judge import load_judge
 from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, caption, describe, example
-from train import precision, validate
+from train import validate, world_entries
 
 SEED = 7  # of prompts and of the real clips beside them; training uses 0 and 1
 SPLITS = {"seen": "valid", "unseen": "unseen"}
@@ -73,13 +75,14 @@ def adherence(read, labels):
     return {name: {"share": share, "interval": wilson(share, n)} for name, share in shares.items()}
 
 
-def play(model, codec, encoder, captions, config, device, seed, **rescorer):
+def play(model, codec, encoder, captions, config, seed, rescorer=None):
     """Generate a clip for every caption, as the model was trained to: audio (n, S) on the CPU."""
-    generator, wavs = torch.Generator(device).manual_seed(seed), []
-    n_frames = round(model.config.seconds * codec.frame_rate)
+    n_frames, wavs = round(model.config.seconds * codec.frame_rate), []
     for i in tqdm(range(0, len(captions), BATCH), desc="generating"):
-        codes = generate_as_trained(model, *encoder.encode_text(captions[i:i + BATCH]), n_frames, config,
-                                    generator=generator, frame_rate=codec.frame_rate, **rescorer)
+        text, text_mask = encoder.encode_text(captions[i:i + BATCH])
+        codes = torch.full((len(text), codec.n_codebooks, n_frames), model.mask_id)
+        streams = clip_streams(seed, range(i, i + len(text)))
+        codes = generate(model, text, text_mask, codes, config, streams, rescorer=rescorer, frame_rate=codec.frame_rate)
         wavs.append(codec.decode(codes)[:, 0].cpu())
     return torch.cat(wavs)
 
@@ -119,28 +122,31 @@ def swap_shares(before, after, labels, which):
 
 
 def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, seed=0, cache="cache",
-             repeated=8, rescorer=None, rescorer_weight=0.5):
+             repeated=8, rescorer=None):
     """All numbers for the model called `name`, as one dictionary of plain types.
 
     n: prompts; swaps: pairs of prompts with one word swapped; floors: whether real clips and their codec
     reconstructions are read as well; losses: whether to measure the validation cross-entropy; seed: of the sampling;
-    repeated: prompts that are played four times each, for the diversity; rescorer: name of a second model to rescore.
+    repeated: prompts that are played four times each, for the diversity; rescorer: name of a second model to rescore,
+    with the weight that `config` gives it.
     "right" holds how many attributes are right in each clip, as one digit each.
     """
-    model, names = load_model(name, device, pick_dtype("auto", device))
-    check_kind(model, False, rescorer and rescorer_weight)
-    codec = load_codec(names["codec"], model.config.n_codebooks, device)
-    encoder = T5Encoder.from_pretrained(names["text_encoder"])
-    check_same(names, codec, encoder)
+    model, companions = load_model(name, device, pick_dtype("auto", device))
+    codec = load_codec(companions.codec, model.config.n_codebooks, device)
+    encoder = T5Encoder.from_pretrained(companions.text_encoder)
+    companions.check(codec, encoder)
     if codec.sample_rate != SAMPLE_RATE:
         raise ValueError(f"the judge listens at {SAMPLE_RATE} Hz; {name} plays at {codec.sample_rate}")
     judge, half = load_judge(), n // 2
-    more = load_rescorer(rescorer, rescorer_weight, codec, encoder, device)
+    second = None
+    if rescorer is not None and config.rescorer_weight:
+        second, needs = load_model(rescorer, device, pick_dtype("auto", device))
+        needs.check(codec, encoder)
     result = {"model": str(name), "n_prompts": 2 * half, "sampling": vars(config), "device": str(device),
-              "rescorer": rescorer and f"{rescorer}, weight {rescorer_weight:g}"}
+              "rescorer": rescorer and f"{rescorer}, weight {config.rescorer_weight:g}"}
 
     def play_all(captions, seed):
-        return play(model, codec, encoder, captions, config, device, seed, **more)
+        return play(model, codec, encoder, captions, config, seed, second)
 
     result["adherence"], result["right"] = {}, {}
     embeddings = {"real": [], "codec": [], "model": []} if floors else {"model": []}
@@ -173,8 +179,9 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
         read = [judge.read(play_all(side, seed + 2)) for side in captions]
         result["swaps"] = swap_shares(*read, labels, which)
     if losses:
-        entries = toy_sources(64, "valid", model.config.seconds)
-        clips = collect(entries, *encode(entries, [], codec, encoder, model.config.seconds, cache, device))
+        entries = world_entries(world, 64, "valid", model.config.seconds)
+        audio, text, _ = encode(entries, codec, encoder, model.config.seconds, cache, device)
+        clips = collect(entries, audio, text)
         values = validate(model, clips, device, precision("fp32", device)[0])
         result["cross_entropy"] = {f"codebook {k + 1}": sum(values[k].values()) / len(values[k]) for k in values}
     result["chance_cross_entropy"] = math.log(model.config.card)
@@ -204,18 +211,15 @@ def main():
     parser.add_argument("--json", type=Path, help="file to write all numbers to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rescorer", help="a second model that rescores, as that of sample.py")
-    parser.add_argument("--rescorer-weight", type=float, default=0.5, help="of its opinion, 0 to 1")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache", default="cache")
     add_flags(parser, SamplingConfig)
-    parser.set_defaults(**load_model(parser.parse_args().model)[1].get("sampling", {}))
     args = parser.parse_args()
     if args.n < 4:
         raise ValueError(f"--n must be at least 4, not {args.n}")
-    if not 0 <= args.rescorer_weight <= 1:
-        raise ValueError(f"--rescorer-weight must be between 0 and 1, not {args.rescorer_weight:g}")
-    result = evaluate(args.model, from_flags(args, SamplingConfig), pick_device(args.device), args.n, args.swaps,
-                      seed=args.seed, cache=args.cache, rescorer=args.rescorer, rescorer_weight=args.rescorer_weight)
+    config = from_flags(args, SamplingConfig(**load_model(args.model)[1].sampling))
+    result = evaluate(args.model, config, pick_device(args.device), args.n, args.swaps, seed=args.seed,
+                      cache=args.cache, rescorer=args.rescorer)
     print_table(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from cli import Parser, add_flags, from_flags, run, save_whole
-from model import read_checkpoint
 from sample import SamplingConfig
+from support.cli import Parser, add_flags, from_flags, run
+from support.files import read_checkpoint, save_whole
 
 
 def print_validation(log):
@@ -34,7 +34,7 @@ def print_validation(log):
 def quantized(state):
     """Matrices (rows, columns) in 8 bits, each row's largest weight being 127; all else in half precision.
 
-    Gives ({name: int8 or float16}, {name: what the rows are to be multiplied by (rows, 1)}): see `hub.dequantized`.
+    Gives ({name: int8 or float16}, {name: what the rows are to be multiplied by (rows, 1)}): see `load_strictly`.
     """
     scales = {name: tensor.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
               for name, tensor in state.items() if tensor.dim() == 2}
@@ -54,7 +54,7 @@ def main():
     small = {key: content[key] for key in kept}
     small["ema"], small["scales"] = quantized(content["ema"])
     default = vars(SamplingConfig())
-    small["sampling"] = {k: v for k, v in vars(from_flags(args, SamplingConfig)).items() if v != default[k]}
+    small["sampling"] = {k: v for k, v in vars(from_flags(args, SamplingConfig())).items() if v != default[k]}
     save_whole(small, args.out)
     log = args.run / "log.csv"
     if log.is_file():

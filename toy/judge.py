@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm, trange
 
-from cli import Parser, run, save_whole
 from encodec_wrap import load_codec
-from model import load_strictly, read_checkpoint
+from support.cli import Parser, run
+from support.files import load_strictly, read_checkpoint, save_whole
 from toy import signals
 from toy.mel import log_mel, mel_spectrogram
 from toy.world import ATTRIBUTES, SAMPLE_RATE, combinations, render

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm, trange
 
-from cli import Parser, run
-from data import AUDIO_SUFFIXES
-from encodec_wrap import Codec, CodecConfig, load_audio
+from encodec_wrap import Codec, CodecConfig
+from support.audio import load_audio
+from support.cli import Parser, run
 from toy.mel import log_mel, mel_spectrogram
 from toy.world import FRAME_RATE, SAMPLE_RATE, SECONDS, example
 
@@ -38,7 +38,7 @@ def folder_clips(folder, n, seconds):
     Raises ValueError if there is no folder or no audio of that length in it.
     """
     length, pieces = int(seconds * SAMPLE_RATE), []
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES]
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in (".txt", ".json")]
     for path in tqdm(paths, desc="reading"):
         try:
             wav = load_audio(path, SAMPLE_RATE)[0]

@@ -36,8 +36,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def magnet_tiny():
-    """A small random model in the published layout (K = 4, 64 entries, 5 frames of context, spans of 3)."""
-    return load_model(DATA / "magnet_tiny_state_dict.bin")[0]
+    """A small random model in the published layout (K = 4, 64 entries, 5 frames of context, spans of 3).
+
+    The official code pads both texts of a batch to the longer one, of 7 tokens; `text_len` does the same for any batch.
+    """
+    model = load_model(DATA / "magnet_tiny_state_dict.bin")[0]
+    model.config.text_len = 7
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +53,10 @@ def golden():
 
 @pytest.fixture(scope="session")
 def musicgen_tiny():
-    """A small random autoregressive model in MusicGen's published layout (K = 4, 64 entries)."""
-    return load_model(DATA / "musicgen_tiny_state_dict.bin")[0]
+    """A small random autoregressive model in MusicGen's published layout (K = 4, 64 entries); `text_len` as above."""
+    model = load_model(DATA / "musicgen_tiny_state_dict.bin")[0]
+    model.config.text_len = 7
+    return model
 
 
 @pytest.fixture(scope="session")

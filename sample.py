@@ -257,7 +257,7 @@ def rescored(tokens, scores, weight):
         raise ValueError("the rescorer's probabilities are not finite: its weights are damaged, or want --dtype fp32")
     p = torch.lerp(tokens.sigmoid(), scores, weight)
     other = torch.lerp((-tokens).sigmoid(), 1 - scores, weight)  # 1 - p, without the loss of digits
-    return p.log() - other.log()
+    return p.log() - other.clamp(min=1e-38).log()
 
 
 def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer=None, prompt=None, on_step=None):

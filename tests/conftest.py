@@ -2,8 +2,9 @@
 
 import hashlib
 import http.server
-import json
 import re
+import shlex
+import signal
 import sys
 import threading
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-import cli
-import hub
-from model import MAGNeT, ModelConfig, load_audiocraft
+import train
+from model import MAGNeT, ModelConfig, load_model
+from support.cli import run
 
 DATA = Path(__file__).parent / "data"
+torch.set_num_threads(1)  # so that a busy machine slows nothing down tenfold
 
 
 def pytest_addoption(parser):
@@ -33,24 +35,10 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs the internet; runs with --network"))
 
 
-def write_safetensors(tensors, path, align=8):
-    """Write tensors in the .safetensors format, the header filled up with spaces to a multiple of `align` bytes."""
-    names = {dtype: name for name, dtype in hub.DTYPES.items()}
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in tensors.items():
-        content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [len(data), len(data) + len(content)]}
-        data += content
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % align)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
 @pytest.fixture(scope="session")
 def magnet_tiny():
     """A small random model in the published layout (K = 4, 64 entries, 5 frames of context, spans of 3)."""
-    return load_audiocraft(DATA / "magnet_tiny_state_dict.bin")
+    return load_model(DATA / "magnet_tiny_state_dict.bin")[0]
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +50,7 @@ def golden():
 @pytest.fixture(scope="session")
 def musicgen_tiny():
     """A small random autoregressive model in MusicGen's published layout (K = 4, 64 entries)."""
-    return load_audiocraft(DATA / "musicgen_tiny_state_dict.bin")
+    return load_model(DATA / "musicgen_tiny_state_dict.bin")[0]
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +156,7 @@ def call(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            cli.run(module.main)
+            run(module.main)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -184,3 +172,36 @@ def assert_one_line(ended, *words):
     assert len(lines) == 1 and ": error: " in lines[0], ended.err
     for word in words:
         assert word in lines[0]
+
+
+# --------------------------------------------------------------------------------------------------- tiny training runs
+
+TINY = ("--toy-clips 24 --seconds 1 --steps 10 --batch-size 4 --dim 32 --n-heads 2 --n-layers 2 --warmup 4 "
+        "--device cpu --dtype fp32 --log-every 1 --val-every 5 --save-every 5").split()
+
+
+@pytest.fixture(scope="session")
+def train_tiny(tmp_path_factory):
+    """train_tiny(out, flags) trains in this process as TINY says -> the folder; later flags win. Its `cache`."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def train_tiny(out, flags=""):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        arguments = ["train.py", "--out", str(out), "--cache", str(cache), *TINY, *shlex.split(flags)]
+        with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+            patch.setattr(sys, "argv", arguments)
+            try:
+                train.main()
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        return Path(out)
+
+    train_tiny.cache = cache
+    return train_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_run(train_tiny, tmp_path_factory):
+    """The folder of one finished run of ten steps on clips of one second; to be read only."""
+    return train_tiny(tmp_path_factory.mktemp("run") / "tiny")

@@ -23,7 +23,7 @@ import train
 from model import ModelConfig
 from sample import SamplingConfig
 from support import cli
-from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, pick_dtype, say
+from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, pick_dtype
 from support.request import Request
 from train import RunConfig, TrainConfig
 

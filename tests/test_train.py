@@ -649,8 +649,8 @@ def test_a_hybrid_that_learned_two_clips_by_heart_plays_them_in_every_way(genera
         optimizer.step()
     _, text, text_mask = clips.batch(torch.arange(2))
     for seconds in (0.0, 0.06, 0.12):
-        how = SamplingConfig(hybrid_seconds=seconds, decoding_steps=(8, 4), greedy=True, guidance_start=1, ar_guidance=1)
-        played = generate(model, text, text_mask, torch.full_like(codes, MASK), how)
+        config = SamplingConfig((8, 4), greedy=True, guidance_start=1, ar_guidance=1, hybrid_seconds=seconds)
+        played = generate(model, text, text_mask, torch.full_like(codes, MASK), config)
         assert played.equal(codes), f"with {seconds} s from left to right {(played != codes).sum()} of 40 tokens differ"
 
 
@@ -802,7 +802,7 @@ WRONG = {  # flags: what the line names
     "--dropout 2": "dropout must be", "--n-heads 7": "n_heads", "--init-from missing": "missing",
     "--val-every 0": "val_every", "--stage-weights 0 0 0 0 1": "none of 4 codebooks",
     "--stage-weights inf": "stage_weights must be", "--stage-weights 1 -1": "stage_weights", "--seconds inf": "seconds",
-    "--lr nan": "lr must be", "--dim 4294967296": "dim must be", "--lr=--": "lr must be", "--objective x": "--objective",
+    "--lr nan": "lr must be", "--dim 4294967296": "dim must be", "--lr=--": "lr must be", "--objective x": "--object",
     "--dtype fp8": "--dtype", "--steps": "--steps", "--nonsense 1": "--nonsense",
 }
 

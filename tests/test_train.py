@@ -524,6 +524,14 @@ def test_a_setting_of_train_config_changes_what_it_should(setting, watch, by_def
         assert after == (pytest.approx(expected) if isinstance(expected, list) else expected) and before != after
 
 
+@pytest.mark.parametrize("ms, frames", [(100, 5), (0, 0), (-1, -1), (30, 2)])
+def test_new_model_turns_the_context_into_frames_to_the_nearest_and_a_negative_one_into_everywhere(ms, frames):
+    codec, encoder = SimpleNamespace(n_codebooks=1, codebook_size=16, frame_rate=50.0), SimpleNamespace()
+    encoder.config = SimpleNamespace(d_model=8)
+    model = train.new_model(TrainConfig(context_ms=ms, dim=8, n_heads=1, n_layers=1), codec, encoder)
+    assert model.config.context == frames and model(torch.zeros(1, 1, 9).long(), 0).shape == (1, 9, 16)
+
+
 FRAMES = torch.arange(120).view(1, K, 30) % 16, 1, torch.ones(1, 3, 8), torch.ones(1, 3)  # codes, stage, text, its mask
 
 

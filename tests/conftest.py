@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import re
 import resource
+import shlex
+import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+import train
 from model import MAGNeT, ModelConfig, load_model
 from support.cli import run
 
@@ -195,3 +198,36 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return full_disk
+
+
+# --------------------------------------------------------------------------------------------------- tiny training runs
+
+TINY = ("--toy-clips 24 --seconds 1 --steps 10 --batch-size 4 --dim 32 --n-heads 2 --n-layers 2 --warmup 4 "
+        "--device cpu --dtype fp32 --log-every 1 --val-every 5 --save-every 5").split()
+
+
+@pytest.fixture(scope="session")
+def train_tiny(tmp_path_factory):
+    """train_tiny(out, flags) trains in this process as TINY says -> the folder; later flags win. Its `cache`."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def train_tiny(out, flags=""):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        arguments = ["train.py", "--out", str(out), "--cache", str(cache), *TINY, *shlex.split(flags)]
+        with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+            patch.setattr(sys, "argv", arguments)
+            try:
+                train.main()
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        return Path(out)
+
+    train_tiny.cache = cache
+    return train_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_run(train_tiny, tmp_path_factory):
+    """The folder of one finished run of ten steps on clips of one second; to be read only."""
+    return train_tiny(tmp_path_factory.mktemp("run") / "tiny")

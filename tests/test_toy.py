@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from cli import check_same
-from encodec_wrap import Codec, CodecConfig, load_codec
 from hub import dequantized
+
+from encodec_wrap import Codec, CodecConfig, load_codec
 from model import load_model
 from sample import SamplingConfig
 from t5_encoder import T5Encoder, Tokenizer

@@ -1,201 +1,355 @@
-"""What training promises: the loss of the paper, and runs that stop, go on and split up without changing their course.
+"""What training promises: the loss of each objective, the recipe [Sec. 4], and runs that stop, go on and split up.
 
-The runs here are tiny: they show that numbers are equal, not that music is learned.
+Read in this order: the masks; the three losses, each by what it asks of which position and what that may see; the batch
+of a step; validation; the recipe; what each setting changes (the tables TRAINING and MODEL); whole runs; stopping and
+resuming; several processes; the command line. The models are tiny and know no music: numbers are shown to be equal,
+or to differ.
 """
 
 import csv
+import functools
+import json
 import math
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
+from conftest import TINY, assert_one_line
 from torch import nn
 
 import train
-from data import Clips, load_data
 from encodec_wrap import Codec, load_codec
+from masking import causal_attention_mask, delay_codes, hybrid_attention_mask, spans_from_starts
 from model import MAGNeT, ModelConfig, load_model
-from objectives import LOSSES, draw_hidden, masked_cross_entropy, model_of, validate
+from sample import SamplingConfig, generate
+from support.data import Clips
+from support.request import Request, window_size
 from t5_encoder import T5Encoder
-from train import AveragedWeights, TrainConfig, learning_rate
+from train import (
+    LOSSES,
+    TrainConfig,
+    draw_batch,
+    draw_hidden,
+    hybrid_cross_entropy,
+    hybrid_loss_mask,
+    learning_rate,
+    masked_cross_entropy,
+    next_token_cross_entropy,
+    update_ema,
+    validate,
+)
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--toy-clips 24 --seconds 1 --steps 10 --batch-size 4 --dim 48 --n-heads 2 --n-layers 2 --warmup 4 "
-        "--device cpu --dtype fp32 --log-every 1 --val-every 5 --save-every 5").split()
+T, K, MASK = 20, 4, 16  # frames, codebooks, and the mask token of a model with 16 entries
+ALL = torch.ones(2, T, dtype=torch.bool)
 
 
-@pytest.fixture(autouse=True)
-def global_state():
-    """A run sets signal handlers and seeds; both are put back."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    with torch.random.fork_rng(devices=[]):
-        yield
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+@pytest.fixture
+def codes(generator):
+    return torch.randint(16, (2, K, T), generator=generator)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def only(shape, *place):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[place] = True
+    return mask
 
 
-@pytest.fixture(scope="module")
-def run_tiny(cache):
-    """run_tiny(out, flags) trains in this process; later flags win over those of TINY."""
-    def run_tiny(out, flags=""):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["train.py", "--out", str(out), "--cache", str(cache), *TINY, *flags.split()])
-            train.main()
-        return out
-    return run_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny_run(run_tiny, tmp_path_factory):
-    """The folder of one finished run of ten steps."""
-    return run_tiny(tmp_path_factory.mktemp("run") / "tiny")
-
-
-def command(out, cache, flags, launcher=("train.py",)):
-    """A training process; OMP_NUM_THREADS as here, so that sums are added up in the same order."""
-    arguments = [sys.executable, *launcher, "--out", str(out), "--cache", str(cache), *TINY, *flags.split()]
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
-
-
-def read_log(out):
-    """The rows of log.csv, but for the time taken."""
-    with (out / "log.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
-
-
-def losses(out):
-    return [float(row["loss"]) for row in read_log(out)]
-
-
-def read_checkpoint(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def assert_same(a, b, where="checkpoint"):
-    """Two nested structures are equal, every number in them."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f"{where}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+def in_spans(hidden, span_len):
+    """Whether every hidden frame lies in a span of that many hidden frames, or in one that is cut at the end."""
+    starts = F.pad(hidden, (0, span_len - 1), value=True).unfold(1, span_len, 1).all(dim=2)
+    return spans_from_starts(starts, span_len).equal(hidden)
 
 
 # ------------------------------------------------------------------------------------------------------------ the masks
 
-def test_draw_hidden_hides_two_over_pi_of_all_tokens_on_average(generator):
-    hidden = draw_hidden(4000, 50, 3, generator)
-    assert hidden.shape == (4000, 50) and hidden.dtype == torch.bool
-    assert hidden.float().mean() == pytest.approx(2 / math.pi, abs=0.015)
-
-
-def test_draw_hidden_draws_another_rate_for_every_clip(generator):
-    rates = draw_hidden(2000, 200, 3, generator).float().mean(dim=1)
-    # A rate cos(pi t / 2) with t ~ U(0, 1) is below r in 1 - 2/pi * acos(r) of all cases.
-    for r in (0.2, 0.5, 0.8, 0.95):
+def test_draw_hidden_draws_another_rate_for_every_clip_two_over_pi_on_average(generator):
+    rates = draw_hidden(4000, 200, 3, generator).float().mean(dim=1)
+    assert rates.mean() == pytest.approx(2 / math.pi, abs=0.015)
+    for r in (0.2, 0.5, 0.8, 0.95):  # cos(pi t / 2) with t ~ U(0, 1) is below r in 1 - 2/pi * acos(r) of all cases
         assert (rates < r).float().mean() == pytest.approx(1 - 2 / math.pi * math.acos(r), abs=0.04)
 
 
-def test_draw_hidden_hides_something_of_every_clip(generator):
-    assert draw_hidden(2000, 7, 3, generator).any(dim=1).all()
-    assert draw_hidden(50, 1, 3, generator).all()
+@pytest.mark.parametrize("n_frames", [1, 7, 50])
+def test_draw_hidden_hides_spans_and_never_nothing(n_frames, generator):
+    hidden = draw_hidden(500, n_frames, 3, generator)
+    assert hidden.any(dim=1).all() and in_spans(hidden, 3)
 
 
-# ------------------------------------------------------------------------------------------------------------- the loss
+# ------------------------------------------------------------------------------------------- the losses: what is asked
 
 class Oracle(nn.Module):
     """Stands for the model: gives logits which were chosen beforehand, and remembers what it was shown."""
 
     def __init__(self, B, T, card):
         super().__init__()
-        self.mask_id = card
-        self.logits = nn.Parameter(torch.randn(B, T, card))
+        self.mask_id, self.config = card, ModelConfig(n_codebooks=1, card=card)
+        self.logits = nn.Parameter(torch.randn(B, T, card, generator=torch.Generator().manual_seed(1)))
 
-    def forward(self, seen, stage, text=None, text_mask=None):
-        self.seen, self.stage = seen, stage
+    def forward(self, inputs, stage, text=None, text_mask=None):
+        self.inputs, self.stage = inputs, stage
         return self.logits
 
 
-@pytest.fixture
-def example():
-    """codes (2, 4, 9), hidden (2, 9), counted (2, 9): the last three frames of the second clip are padding."""
-    torch.manual_seed(0)
-    hidden = torch.rand(2, 9) < 0.6
-    counted = hidden.clone()
-    counted[1, 6:] = False
-    assert (hidden & ~counted).any() and (~hidden).any()
-    return torch.randint(16, (2, 4, 9)), hidden, counted
-
-
-@pytest.mark.parametrize("stage", range(4))
-def test_masked_cross_entropy_is_the_sum_done_by_hand(example, stage):
-    codes, hidden, counted = example
-    oracle = Oracle(2, 9, 16)
-    loss = masked_cross_entropy(oracle, codes, stage, hidden, counted, None, None)
+@pytest.mark.parametrize("stage", [0, 2])
+def test_masked_cross_entropy_asks_for_the_hidden_tokens_of_one_codebook_that_are_not_padding(stage, codes):
+    """The sum by hand; other positions get no gradient; nothing hidden and no later codebook is shown."""
+    hidden = torch.rand(2, T, generator=torch.Generator().manual_seed(0)) < 0.6
+    loss_mask = hidden & (torch.arange(T) < torch.tensor([[T], [12]]))
+    oracle = Oracle(2, T, 16)
+    loss = masked_cross_entropy(oracle, codes, stage, hidden, loss_mask, None, None)
     by_hand = 0.0
-    for b in range(2):
-        for t in range(9):
-            if counted[b, t]:
-                exponentials = [math.exp(x) for x in oracle.logits[b, t].tolist()]
-                by_hand -= math.log(exponentials[codes[b, stage, t]] / sum(exponentials))
-    assert loss.item() == pytest.approx(by_hand, rel=1e-4)
+    for b, t in loss_mask.nonzero().tolist():
+        exponentials = [math.exp(x) for x in oracle.logits[b, t].tolist()]
+        by_hand -= math.log(exponentials[codes[b, stage, t]] / sum(exponentials))
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+    loss.backward()
+    assert (oracle.logits.grad.abs().sum(dim=2) > 0).equal(loss_mask), "gradient exactly where a token counts"
+    assert oracle.stage == stage and oracle.inputs[:, :stage].equal(codes[:, :stage]), "codebooks below are shown"
+    assert oracle.inputs[:, stage].equal(codes[:, stage].masked_fill(hidden, MASK)), "hidden, padding or not"
+    assert (oracle.inputs[:, stage + 1:] == MASK).all(), "codebooks above are hidden"
 
 
-def test_masked_cross_entropy_gives_gradient_to_the_counted_positions_only(example):
-    codes, hidden, counted = example
-    oracle = Oracle(2, 9, 16)
-    masked_cross_entropy(oracle, codes, 1, hidden, counted, None, None).backward()
-    assert torch.equal(oracle.logits.grad.abs().sum(dim=2) > 0, counted)
-
-
-def test_masked_cross_entropy_does_not_depend_on_other_targets(example):
-    codes, hidden, counted = example
-    oracle = Oracle(2, 9, 16)
-    loss = masked_cross_entropy(oracle, codes, 1, hidden, counted, None, None)
-    others = torch.randint(16, codes.shape)
-    others[:, 1] = torch.where(counted, codes[:, 1], others[:, 1])
-    assert torch.equal(masked_cross_entropy(oracle, others, 1, hidden, counted, None, None), loss)
-
-
-@pytest.mark.parametrize("stage", range(4))
-def test_masked_cross_entropy_shows_the_model_nothing_hidden_and_no_later_codebook(example, stage):
-    codes, hidden, counted = example
-    oracle = Oracle(2, 9, 16)
-    masked_cross_entropy(oracle, codes, stage, hidden, counted, None, None)
-    assert oracle.stage == stage
-    assert torch.equal(oracle.seen[:, :stage], codes[:, :stage])
-    assert torch.equal(oracle.seen[:, stage], codes[:, stage].masked_fill(hidden, 16))
-    assert (oracle.seen[:, stage + 1:] == 16).all()
-
-
-def test_masked_cross_entropy_of_nothing_is_zero_and_can_be_trained_on(example):
-    codes, hidden, _ = example
-    oracle = Oracle(2, 9, 16)
-    loss = masked_cross_entropy(oracle, codes, 0, hidden, torch.zeros_like(hidden), None, None)
+def test_masked_cross_entropy_of_nothing_is_zero_and_can_be_trained_on(codes):
+    oracle = Oracle(2, T, 16)
+    loss = masked_cross_entropy(oracle, codes, 0, ALL, ~ALL, None, None)
     loss.backward()
     assert loss.item() == 0 and not oracle.logits.grad.any()
 
 
-# ----------------------------------------------------------------------------------------------------------- the pieces
+def test_next_token_cross_entropy_reads_each_token_off_the_position_before_its_own(codes, make_magnet):
+    """Written out: frame f of codebook k is read off position f + k, by head k."""
+    model = make_magnet(objective="ar")
+    logits = model(delay_codes(codes, MASK), None, mask=causal_attention_mask(T + K, T + K)).log_softmax(dim=-1)
+    by_hand = -sum(logits[b, k, f + k, codes[b, k, f]] for b in range(2) for k in range(K) for f in range(T))
+    loss = next_token_cross_entropy(model, codes, ALL[:, None].expand(-1, K, -1), None, None)
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_next_token_cross_entropy_hides_the_codebooks_that_are_not_shown(codes, make_magnet):
+    model, shown = make_magnet(objective="ar"), torch.tensor([[True, True, False, False], [True] * 4])[..., None]
+    losses = []
+    for k in (None, 3, 1):  # a token of a hidden codebook changes nothing, one of a codebook that is shown does
+        other = codes.clone()
+        if k is not None:
+            other[0, k] = (other[0, k] + 1) % 16
+        losses.append(next_token_cross_entropy(model, other, shown & ALL[:, None], None, None, shown))
+    assert losses[1].equal(losses[0]) and not losses[2].equal(losses[0])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_hybrid_cross_entropy_shows_the_prompt_then_what_magnet_shows_and_reads_the_position_before(
+        stage, codes, make_magnet):
+    """Input and loss written out: the token (k, t) stands at position t + k + 1, and is read off position t + k."""
+    model, n_prompt, seen = make_magnet(objective="hybrid", context=2), 8, []
+    stages, prompts = torch.full((2,), stage), torch.full((2,), n_prompt)
+    hidden = ((torch.arange(T) % 3 > 0) & (torch.arange(T) >= n_prompt - stage)).expand(2, T)
+    hook = model.register_forward_pre_hook(lambda model, args, kwargs: seen.append((args[0], kwargs["mask"])),
+                                           with_kwargs=True)
+    loss_mask = hybrid_loss_mask(ALL, K, stages, hidden, prompts)
+    loss = hybrid_cross_entropy(model, codes, stages, hidden, prompts, loss_mask, None, None)
+    hook.remove()
+    inputs, mask = seen[0]
+    expected = torch.full((2, K, T + K), MASK)
+    for k in range(K):
+        for t in range(T):
+            if t + k + 1 <= n_prompt or k < stage or k == stage and not hidden[0, t]:
+                expected[:, k, t + k + 1] = codes[:, k, t]
+    assert inputs.equal(expected), f"differs at clip, codebook, position {(inputs != expected).nonzero()[0].tolist()}"
+    assert mask.equal(hybrid_attention_mask(T + K, prompts, stages, 2)), "it attends as the picture in masking.py"
+    log_probs = model(expected, None, mask=mask).log_softmax(dim=-1)
+    by_hand = -sum(log_probs[b, k, t + k, codes[b, k, t]] for b, k, t in loss_mask.nonzero().tolist())
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_hybrid_cross_entropy_with_a_prompt_of_everything_is_the_autoregressive_loss(codes, make_magnet):
+    model, n_prompt, stage = make_magnet(objective="hybrid"), torch.full((2,), T + K), torch.tensor([1, 3])
+    loss_mask = hybrid_loss_mask(ALL, K, stage, ALL, n_prompt)
+    hybrid = hybrid_cross_entropy(model, codes, stage, ALL, n_prompt, loss_mask, None, None)
+    torch.testing.assert_close(hybrid, next_token_cross_entropy(model, codes, loss_mask, None, None))
+
+
+def test_hybrid_cross_entropy_takes_every_clip_at_its_own_stage_and_prompt(codes, make_magnet):
+    model, stage, n_prompt = make_magnet(objective="hybrid", context=2), torch.tensor([0, 3]), torch.tensor([12, 3])
+    hidden = torch.arange(T) >= n_prompt[:, None]
+    task = {"codes": codes, "stage": stage, "hidden": hidden, "n_prompt": n_prompt,
+            "loss_mask": hybrid_loss_mask(ALL, K, stage, hidden, n_prompt)}
+    one_by_one = sum(hybrid_cross_entropy(model, **{name: x[b:b + 1] for name, x in task.items()}, text=None,
+                                          text_mask=None) for b in range(2))
+    torch.testing.assert_close(hybrid_cross_entropy(model, **task, text=None, text_mask=None), one_by_one)
+
+
+def test_hybrid_loss_mask_counts_the_prompt_and_the_hidden_tokens_of_the_stage_and_no_padding():
+    valid, stage, n_prompt = torch.arange(T) < torch.tensor([[T], [12]]), torch.tensor([2, 0]), torch.tensor([9, 4])
+    hidden = (torch.arange(T) % 2 == 0) & (torch.arange(T) >= (n_prompt - stage)[:, None])
+    counted = hybrid_loss_mask(valid, K, stage, hidden, n_prompt)
+    for b, k, t in torch.ones(2, K, T).nonzero().tolist():
+        in_prompt = t < n_prompt[b] - k  # in codebook k the prompt is k frames shorter
+        assert counted[b, k, t] == (valid[b, t] and (in_prompt or k == stage[b] and hidden[b, t])), (b, k, t)
+
+
+# ----------------------------------------------------------------------------------- the losses: who may attend to whom
+
+class Probe(MAGNeT):
+    """After a loss of one token was back-propagated: `reached(row)`, the input positions that got a gradient."""
+
+    def forward(self, codes, *args, **kwargs):
+        self.embedded = []
+        hooks = [table.register_forward_hook(lambda table, args, out: out.retain_grad() or self.embedded.append(out))
+                 for table in self.emb]
+        logits = super().forward(codes, *args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        return logits
+
+    def reached(self, row=0):
+        return sorted({p for out in self.embedded for p in out.grad[row].abs().sum(dim=1).nonzero()[:, 0].tolist()})
+
+
+@pytest.mark.parametrize("k, frame", [(0, 0), (3, 10), (3, T - 1)])
+def test_next_token_cross_entropy_of_a_token_sees_all_positions_before_its_own_and_no_other(k, frame, codes,
+                                                                                            make_magnet):
+    model = make_magnet(kind=Probe, objective="ar", n_layers=3)
+    next_token_cross_entropy(model, codes, only((2, K, T), 0, k, frame), None, None).backward()
+    assert model.reached() == list(range(frame + k + 1)), "the token itself is at position frame + k + 1"
+    assert model.reached(row=1) == [], "nor anything of the other clip"
+
+
+@pytest.mark.parametrize("stage, k, frame, n_layers, sees", [
+    (0, 0, 4, 3, range(5)), (3, 2, 6, 3, range(9)),  # in the prompt of 10 frames: what is before it
+    (0, 0, 10, 1, range(T + K)), (0, 0, 19, 1, range(T + K)),  # after it, at stage 0: everything
+    (1, 1, 9, 1, range(9, 14)), (3, 3, 12, 1, range(14, 19)),  # at a later stage: two on each side of its own position
+    (3, 3, 14, 2, range(15, 24))])  # and of theirs, in a second layer
+def test_hybrid_cross_entropy_of_a_token_sees_what_its_half_may_see(
+        stage, k, frame, n_layers, sees, codes, make_magnet):
+    model, stages = make_magnet(kind=Probe, objective="hybrid", n_layers=n_layers, context=2), torch.full((2,), stage)
+    counted = only((2, K, T), 0, k, frame)
+    hybrid_cross_entropy(model, codes, stages, ALL, torch.full((2,), 10), counted, None, None).backward()
+    assert model.reached() == list(sees)
+
+
+# ------------------------------------------------------------------------------------------------- the batch of a step
+
+@pytest.fixture
+def clips(generator):
+    """12 clips of 20 frames, the last four of which end after nine; every third has no caption."""
+    text = [torch.randn(n, 8, generator=generator).half() for n in (3, 0, 5)]
+    codes = torch.randint(16, (12, K, T), generator=generator).to(torch.int16)
+    return Clips(codes, torch.tensor([T] * 8 + [9] * 4), text, torch.arange(12) % 3)
+
+
+def draw(clips, n, generator, **settings):
+    return draw_batch(clips, TrainConfig(batch_size=n, **settings), K, generator)
+
+
+def test_draw_batch_draws_clips_at_random_and_drops_the_text_of_three_in_ten(clips, generator):
+    batch = draw(clips, 2000, generator)
+    numbers = torch.stack([(batch["codes"] == row).all(dim=(1, 2)) for row in clips.codes]).float().mean(dim=1)
+    assert numbers.tolist() == pytest.approx([1 / 12] * 12, abs=0.03), "every clip as often as any other"
+    assert batch["text_mask"].any(dim=1).float().mean() == pytest.approx(0.7 * 2 / 3, abs=0.04)
+
+
+def test_draw_batch_draws_one_stage_for_all_clips_of_a_magnet_as_often_as_its_weight(clips, generator):
+    stages = torch.stack([draw(clips, 2, generator, stage_weights=(3.0, 1.0, 0.0))["stage"] for _ in range(400)])
+    assert (stages[:, 0] == stages[:, 1]).all()
+    assert (stages[:, 0].bincount(minlength=K) / 400).tolist() == pytest.approx([0.75, 0.25, 0, 0], abs=0.07)
+    stages = draw(clips, 400, generator, objective="hybrid", stage_weights=(0.0, 1.0))["stage"]
+    assert (stages.bincount(minlength=K) / 400).tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3], abs=0.07), \
+        "a hybrid: one for each clip; the last weight is that of all codebooks that follow"
+
+
+def test_draw_batch_counts_what_is_hidden_and_no_padding(clips, generator):
+    batch = draw(clips, 500, generator)
+    short = (batch["codes"][:, None] == clips.codes[8:]).all(dim=(2, 3)).any(dim=1)
+    assert batch["loss_mask"][~short].equal(batch["hidden"][~short]) and in_spans(batch["hidden"], 3)
+    assert batch["loss_mask"][short, :9].equal(batch["hidden"][short, :9])
+    assert batch["hidden"][short, 9:].any() and not batch["loss_mask"][short, 9:].any()
+
+
+def test_draw_batch_of_a_hybrid_draws_prompts_of_every_length_and_spans_behind_them(clips, generator):
+    batch = draw(clips, 4000, generator, objective="hybrid")
+    n_prompt, hidden = batch["n_prompt"], batch["hidden"]
+    assert (n_prompt.bincount(minlength=T) / 4000).tolist() == pytest.approx([1 / T] * T, abs=0.015), "0 to T - 1"
+    first = (n_prompt - batch["stage"]).clamp(min=0)[:, None]  # where codebook `stage` goes on after the prompt
+    behind = torch.arange(T) >= first
+    assert not (hidden & ~behind).any() and hidden.any(dim=1).all()
+    rates = hidden.sum(dim=1) / behind.sum(dim=1)
+    assert rates[first[:, 0] < 10].mean() == pytest.approx(2 / math.pi, abs=0.03), "a share of that part's own length"
+
+
+def test_draw_batch_hides_the_later_codebooks_of_some_clips_from_an_autoregressive_model(clips, generator):
+    batch = draw(clips, 2000, generator, objective="ar", codebook_dropout=0.5)
+    shown = batch["shown"][..., 0]  # (B, K)
+    assert shown[:, 0].all() and (shown[:, 1:] <= shown[:, :-1]).all(), "always the first ones"
+    assert (~shown[:, 3]).float().mean().item() == pytest.approx(0.5 * 3 / 4, abs=0.05)
+    assert not (batch["loss_mask"] & ~batch["shown"]).any(), "what is hidden is not asked for"
+
+
+@pytest.mark.parametrize("objective", LOSSES)
+def test_draw_batch_gives_what_the_loss_of_its_objective_takes(objective, clips, generator, make_magnet):
+    loss = LOSSES[objective](make_magnet(objective=objective), **draw(clips, 6, generator, objective=objective))
+    assert loss.isfinite() and loss > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+
+def test_validate_hides_spans_at_each_fixed_rate_on_clips_from_all_over_the_set(make_magnet):
+    """Clip i of 200 holds nothing but i, so that the inputs tell which clips are used."""
+    model, inputs = make_magnet(card=200, n_layers=1), []
+    model.register_forward_pre_hook(lambda model, args: inputs.append(args[:2]))
+    codes = torch.arange(200)[:, None, None].expand(200, K, 60).to(torch.int16)
+    clips = Clips(codes, torch.full((200,), 60), [torch.zeros(0, 8)], torch.zeros(200).long())
+    validate(model, clips, "cpu", nullcontext)
+    used = {int(row[0, 0]) for codes, stage in inputs if stage == 1 for row in codes}
+    assert len(used) == 64 and all(len(used & set(range(i, i + 50))) == 16 for i in range(0, 200, 50)), "a quarter each"
+    for stage in range(K):
+        hidden = torch.cat([codes[:, stage] == 200 for codes, s in inputs if s == stage]).view(4, 64, 60)
+        for rate, rows in zip((0.25, 0.5, 0.75, 1.0), hidden, strict=True):
+            assert rows.float().mean() == pytest.approx(rate, abs=0.05) and in_spans(rows, 3), (stage, rate)
+
+
+def test_validate_gives_the_same_numbers_each_time_and_leaves_the_global_generator_alone(clips, make_magnet):
+    model, state = make_magnet(), torch.get_rng_state()
+    first = validate(model, clips, "cpu", nullcontext)
+    assert torch.get_rng_state().equal(state)
+    assert validate(model, clips, "cpu", nullcontext) == first
+
+
+@pytest.mark.parametrize("objective, kinds", [("magnet", [0.25, 0.5, 0.75, 1.0]), ("ar", ["ar"]),
+                                              ("hybrid", [0.25, 0.5, 0.75, 1.0, "ar"])])
+def test_validate_measures_what_was_trained_and_is_at_chance_for_a_model_that_knows_nothing(
+        objective, kinds, clips, make_magnet):
+    model = make_magnet(objective=objective)
+    for head in model.heads:
+        nn.init.zeros_(head.weight)
+    values = validate(model, clips, "cpu", nullcontext)
+    assert list(values) == list(range(K)) and all(list(row) == kinds for row in values.values())
+    assert all(value == pytest.approx(math.log(16), rel=1e-5) for row in values.values() for value in row.values())
+
+
+def test_validate_does_not_count_padding_and_gives_nan_where_nothing_counts(clips):
+    oracle, real = Oracle(12, T, 16), clips.valid(torch.arange(12))
+    with torch.no_grad():  # it knows the tokens of all frames that are not padding
+        oracle.logits.copy_(100.0 * F.one_hot(clips.codes[:, 0].long(), 16) * real[..., None])
+    assert list(validate(oracle, clips, "cpu", nullcontext)[0].values()) == pytest.approx([0] * 4)
+    clips.n_frames = torch.zeros_like(clips.n_frames)
+    values = validate(oracle, clips, "cpu", nullcontext)[0].values()
+    assert all(math.isnan(value) for value in values), "not 0.0, which is a perfect loss"
+
+
+# ----------------------------------------------------------------------------------------------------------- the recipe
 
 def test_learning_rate_rises_linearly_and_then_falls_as_a_cosine_to_zero():
     config = TrainConfig(lr=2.0, warmup=10, steps=110)
@@ -203,367 +357,478 @@ def test_learning_rate_rises_linearly_and_then_falls_as_a_cosine_to_zero():
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == 2.0 and rates[60] == pytest.approx(1.0) and rates[110] == pytest.approx(0, abs=1e-9)
     assert rates[35] == pytest.approx(1 + math.cos(math.pi / 4))
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    for warmup, steps in [(0, 5), (5, 5), (9, 5), (4, 5)]:
+        config = TrainConfig(lr=1.0, warmup=warmup, steps=steps)
+        assert all(0 < learning_rate(step, config) <= 1 for step in range(steps)), (warmup, steps)
 
 
-@pytest.mark.parametrize("warmup, steps", [(0, 5), (5, 5), (9, 5), (4, 5)])
-def test_learning_rate_is_never_zero_nor_above_its_peak_while_training(warmup, steps):
-    config = TrainConfig(lr=1.0, warmup=warmup, steps=steps)
-    assert all(0 < learning_rate(step, config) <= 1 for step in range(steps))
+def test_update_ema_moves_by_one_minus_the_decay_and_faster_at_first():
+    ema, model = (nn.Linear(1, 1, bias=False).requires_grad_(False) for _ in range(2))
+    for step, expected in ((10_000, 0.9 * 1 + 0.1 * 2), (0, 0.1 * 1 + 0.9 * 2)):
+        ema.weight.fill_(1.0)
+        model.weight.fill_(2.0)
+        update_ema(ema, model, 0.9, step)
+        assert ema.weight.item() == pytest.approx(expected) and model.weight.item() == 2.0
 
 
-def test_averaged_weights_move_by_one_minus_the_decay_and_faster_at_first():
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, 1.0)
-    averaged = AveragedWeights(model)
-    nn.init.constant_(model.weight, 2.0)
-    assert averaged.weights["weight"].item() == 1.0, "a copy"
-    averaged.update(model, 0.9, step=10_000)
-    assert averaged.weights["weight"].item() == pytest.approx(0.9 * 1 + 0.1 * 2)
-    averaged.update(model, 0.9, step=0)
-    assert averaged.weights["weight"].item() == pytest.approx(0.1 * 1.1 + 0.9 * 2)
-    assert not averaged.weights["weight"].requires_grad and model.weight.item() == 2.0
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-@pytest.fixture
-def small():
-    """A small random model, and 12 random clips for it of which some end early."""
-    torch.manual_seed(0)
-    model = MAGNeT(ModelConfig(card=64, dim=32, n_heads=2, n_layers=2, text_dim=8)).eval()
-    text = [torch.randn(n, 8).half() for n in (3, 0, 5)]
-    n_frames = torch.tensor([30] * 8 + [12] * 4)
-    return model, Clips(torch.randint(64, (12, 4, 30)).to(torch.int16), n_frames, text, torch.arange(12) % 3)
+@pytest.fixture(scope="module")
+def watch(train_tiny, tmp_path_factory):
+    """watch(flags) trains for two steps and gives what went on: `clips`; the `parts` of the batches; at every step of
+    the optimiser its `rates` and `gradients`; the weights at the `start` and in the `run` at the end; and of the first
+    block the `width` of the text, the `type` of its products, and the share that is `dropped` of what it adds.
+
+    Nothing is replaced: hooks look on. The working directory is `watch.folder`.
+    """
+    def watch(flags=""):
+        seen = SimpleNamespace(parts=[], rates=[], gradients=[])
+
+        class Watched(train.Run):
+            def __init__(self, *args):
+                super().__init__(*args)
+                seen.run, seen.start, block = self, flat(self.model.parameters()).clone(), self.model.blocks[0]
+                self.optimizer.register_step_pre_hook(self.look)
+                block.cross_attn.register_forward_pre_hook(lambda _, args: setattr(seen, "width", args[1].shape[1]))
+                block.linear1.register_forward_hook(lambda *args: setattr(seen, "type", args[2].dtype))
+                block.dropout.register_forward_hook(
+                    lambda layer, args, out: setattr(seen, "dropped", (out == 0).float().mean().item()))
+
+            def look(self, optimizer, *_):
+                seen.rates.append(optimizer.param_groups[0]["lr"])
+                seen.gradients.append(flat(p.grad for p in self.model.parameters() if p.grad is not None))
+
+        def kept(function, name):
+            def call(*args, **more):
+                if name == "parts":
+                    seen.parts.append(more)
+                result = function(*args, **more)
+                if name == "clips":
+                    seen.clips = result[0]
+                return result
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(train, "Run", Watched)
+            patch.setattr(train, "load_clips", kept(train.load_clips, "clips"))
+            for objective, loss in LOSSES.items():
+                patch.setitem(LOSSES, objective, kept(loss, "parts"))
+            train_tiny(tmp_path_factory.mktemp("watched"), f"--steps 2 {flags}")
+        return seen
+
+    watch.folder = folder = tmp_path_factory.mktemp("folder")
+    return watch
 
 
-def test_validate_gives_the_same_numbers_each_time_and_draws_nothing_from_the_global_generator(small):
-    model, clips = small
-    state = torch.get_rng_state()
-    first = validate(model, clips, "cpu", nullcontext)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.rand(7)
-    assert validate(model, clips, "cpu", nullcontext) == first
-    assert list(first) == [0, 1, 2, 3] and all(tuple(values) == (0.25, 0.5, 0.75, 1.0) for values in first.values())
+def test_train_sets_the_rate_of_the_schedule_before_each_step_of_adamw(watch):
+    seen = watch("--lr 0.004 --warmup 2 --steps 5")
+    assert seen.rates == pytest.approx([learning_rate(i, TrainConfig(lr=0.004, warmup=2, steps=5)) for i in range(5)])
+    groups = seen.run.optimizer.param_groups
+    assert type(seen.run.optimizer) is torch.optim.AdamW
+    assert all(group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0.1 for group in groups)
+    assert sum(len(group["params"]) for group in groups) == len(list(seen.run.model.parameters()))
 
 
-def test_validate_is_at_chance_level_for_a_model_that_knows_nothing(small):
-    model, clips = small
-    for head in model.heads:
-        nn.init.zeros_(head.weight)
-    for values in validate(model, clips, "cpu", nullcontext).values():
-        assert list(values.values()) == pytest.approx([math.log(64)] * 4, rel=1e-5)
+def test_train_clips_the_gradient_as_a_whole_to_its_norm(watch):
+    free, clipped = watch("--clip-norm 1e9").gradients, watch("--clip-norm 0.1").gradients
+    assert all(gradient.norm() > 0.5 for gradient in free)
+    assert [gradient.norm().item() for gradient in clipped] == pytest.approx([0.1] * 2, rel=1e-3)
+    torch.testing.assert_close(clipped[0], free[0] * 0.1 / free[0].norm()), "its direction stays"
 
 
-def test_validate_is_near_chance_level_at_random_weights(small):
-    values = validate(*small, "cpu", nullcontext)
-    mean = sum(sum(row.values()) for row in values.values()) / 16
-    assert math.log(64) - 0.1 < mean < math.log(64) + 0.8
+def test_train_takes_the_average_after_the_step(watch):
+    """After the first step the average is 0.1 of the weights before it and 0.9 of those after it."""
+    seen = watch("--steps 1 --warmup 0 --lr 0.01")
+    after = flat(seen.run.model.parameters())
+    assert (after - seen.start).abs().max() > 0.005
+    torch.testing.assert_close(flat(seen.run.ema.parameters()), 0.1 * seen.start + 0.9 * after, atol=1e-6, rtol=0)
 
 
-def test_validate_does_not_count_padding(small):
-    """The Oracle knows the true token of every frame but those that are padding."""
-    _, clips = small
-    oracle = Oracle(12, 30, 64)
-    oracle.config = ModelConfig(n_codebooks=1, card=64)
-    real = clips.valid(torch.arange(12))
+@pytest.mark.parametrize("objective", LOSSES)
+def test_train_in_parts_has_the_gradient_of_the_mean_over_all_tokens_of_the_batch(objective, watch):
+    flags = f"--objective {objective} --clip-norm 1e9 --condition-dropout 0"
+    whole, parts = watch(flags), watch(f"{flags} --accumulate 4")
+    assert len(whole.parts) == 2 and len(parts.parts) == 8
+    torch.testing.assert_close(parts.gradients[0], whole.gradients[0], atol=1e-6, rtol=1e-3)
+    model = train.new_model(whole.run.config, load_codec("toy"), T5Encoder.from_pretrained("toy"))
+    batch = whole.parts[0]
+    (LOSSES[objective](model, **batch) / batch["loss_mask"].sum()).backward()
+    by_hand = flat(p.grad for p in model.parameters() if p.grad is not None)
+    torch.testing.assert_close(whole.gradients[0], by_hand, atol=1e-6, rtol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------- what each setting changes
+
+OTHERS = "none of the numbers there by default"
+TRAINING = {  # setting: (its value, what is looked at in a run, what is there then; by default there is something else)
+    "objective": ("ar", lambda seen: "shown" in seen.parts[0], True),
+    "data": ("music", lambda seen: len(seen.clips), 3),
+    "codec": ("codec.pt", lambda seen: seen.run.companions.codec_id == train.fingerprint(load_codec("toy")), False),
+    "text_encoder": ("text", lambda seen: bool(flat(seen.clips.text).any()), False),  # its weights are zero
+    "n_codebooks": (2, lambda seen: seen.clips.codes.shape[1], 2),
+    "seconds": (0.5, lambda seen: seen.clips.codes.shape[2], 25),
+    "audio_key": ("file", lambda seen: len(seen.clips), 2, "--data list.jsonl"),
+    "caption_key": ("words", lambda seen: [len(text) > 0 for text in seen.clips.text], [True], "--data list.jsonl"),
+    "toy_clips": (7, lambda seen: len(seen.clips), 7),
+    "text_len": (40, lambda seen: seen.width, 40),
+    "dim": (48, lambda seen: seen.run.model.out_norm.weight.shape, (48,)),
+    "n_heads": (4, lambda seen: seen.run.model.blocks[0].self_attn.n_heads, 4),
+    "n_layers": (3, lambda seen: len(seen.run.model.blocks), 3),
+    "dropout": (1.0, lambda seen: seen.dropped, 1.0),
+    "span_len": (50, lambda seen: in_spans(torch.cat([part["hidden"] for part in seen.parts]), 50), True),
+    "context_ms": (40.0, lambda seen: seen.run.model.config.context, 2),
+    "steps": (3, lambda seen: len(seen.rates), 3),
+    "stage_weights": ("0 0 0 1", lambda seen: {int(part["stage"][0]) for part in seen.parts}, {3}),
+    "batch_size": (6, lambda seen: len(seen.parts[0]["codes"]), 6),
+    "accumulate": (2, lambda seen: len(seen.parts[0]["codes"]), 2),
+    "lr": (0.4, lambda seen: seen.rates, [0.1, 0.2]),
+    "warmup": (1, lambda seen: seen.rates, [2e-3, 2e-3]),
+    "weight_decay": (0.3, lambda seen: seen.run.optimizer.param_groups[0]["weight_decay"], 0.3),
+    "clip_norm": (0.01, lambda seen: round(seen.gradients[0].norm().item(), 4), 0.01),
+    "ema_decay": (0, lambda seen: flat(seen.run.ema.parameters()).equal(flat(seen.run.model.parameters())), True),
+    "condition_dropout": (1, lambda seen: any(part["text_mask"].any() for part in seen.parts), False),
+    "codebook_dropout": (0, lambda seen: bool(seen.parts[0]["shown"].all()), True, "--objective ar --batch-size 32"),
+    "seed": (1, lambda seen: (seen.start[0].item(), seen.parts[0]["codes"].sum().item()), OTHERS),
+    "dtype": ("bf16", lambda seen: seen.type, torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def by_default(watch):
+    """by_default(flags): what is seen without a setting of the table; makes the files that the table names."""
+    soundfile.write(watch.folder / "song.wav", np.sin(np.arange(32_000) / 9) / 2, 16_000)
+    (watch.folder / "music").mkdir()
+    soundfile.write(watch.folder / "music" / "a.wav", np.sin(np.arange(48_000) / 9) / 2, 16_000)
+    (watch.folder / "music" / "a.txt").write_text("a flute")
+    line = {"location": "music/a.wav", "file": "song.wav", "main_caption": "", "words": "a flute"}
+    (watch.folder / "list.jsonl").write_text(json.dumps(line))
+    codec = load_codec("toy")
+    next(codec.parameters()).mul_(1.1)
+    codec.save(watch.folder / "codec.pt")
+    shutil.copytree(ROOT / "toy" / "weights" / "text", watch.folder / "text")
+    weights = torch.load(watch.folder / "text" / "pytorch_model.bin", weights_only=True)
+    torch.save({name: tensor * 0 for name, tensor in weights.items()}, watch.folder / "text" / "pytorch_model.bin")
+    return functools.cache(watch)
+
+
+@pytest.mark.parametrize("setting", TRAINING)
+def test_a_setting_of_train_config_changes_what_it_should(setting, watch, by_default):
+    value, look, expected, flags = (*TRAINING[setting], "")[:4]
+    before, after = look(by_default(flags)), look(watch(f"{flags} --{setting.replace('_', '-')} {value}"))
+    if expected is OTHERS:
+        assert all(a != b for a, b in zip(before, after, strict=True)), f"{setting} changes only a part of {before}"
+    else:
+        assert after == (pytest.approx(expected) if isinstance(expected, list) else expected) and before != after
+
+
+@pytest.mark.parametrize("ms, frames", [(100, 5), (0, 0), (-1, -1), (30, 2)])
+def test_new_model_turns_the_context_into_frames_to_the_nearest_and_a_negative_one_into_everywhere(ms, frames):
+    codec, encoder = SimpleNamespace(n_codebooks=1, codebook_size=16, frame_rate=50.0), SimpleNamespace()
+    encoder.config = SimpleNamespace(d_model=8)
+    model = train.new_model(TrainConfig(context_ms=ms, dim=8, n_heads=1, n_layers=1), codec, encoder)
+    assert model.config.context == frames and model(torch.zeros(1, 1, 9).long(), 0).shape == (1, 9, 16)
+
+
+FRAMES = torch.arange(120).view(1, K, 30) % 16, 1, torch.ones(1, 3, 8), torch.ones(1, 3)  # codes, stage, text, its mask
+
+
+def reach(model):
+    """How many frames one frame of the input changes the logits of, at the second stage."""
+    other = FRAMES[0].clone()
+    other[0, 0, 15] = 7
+    return int((model(other, 1) != model(FRAMES[0], 1)).any(dim=2).sum())
+
+
+def decode(model):
+    steps = []
+    generate(model, None, None, torch.full((1, model.config.n_codebooks, 30), model.mask_id),
+             SamplingConfig(decoding_steps=(20, 1)), on_step=lambda **step: steps.append(step))
+    return steps
+
+
+MODEL = {  # the same of a model; the weights are those of the default model where the shapes are
+    "n_codebooks": (2, lambda model: (len(model.emb), len(model.heads)), (2, 2)),
+    "card": (32, lambda model: (len(model.emb[0].weight), len(model.heads[0].weight), model.mask_id), (33, 32, 32)),
+    "dim": (48, lambda model: model.out_norm.weight.shape, (48,)),
+    "n_heads": (4, lambda model: model(*FRAMES).amax(dim=2)[0].tolist(), OTHERS),
+    "n_layers": (3, lambda model: len(model.blocks), 3),
+    "ffn_mult": (2, lambda model: model.blocks[0].linear1.weight.shape, (64, 32)),
+    "text_dim": (4, lambda model: model.text_proj.weight.shape, (32, 4)),
+    "text_len": (9, lambda model: model(*FRAMES).amax(dim=2)[0].tolist(), OTHERS),
+    "context": (2, reach, 9),  # two frames on each side in each of two layers
+    "span_len": (5, lambda model: int(decode(model)[19]["hidden"].sum()), 5),  # the last step hides one span
+    "seconds": (0.3, lambda model: window_size(Request(), model.config.seconds, 50.0)[0], 15),
+    "dropout": (1.0, lambda model: model.train().blocks[0](x := torch.eye(32)[None]).equal(x), True),
+    "objective": ("ar", lambda model: "position" in decode(model)[0], True),
+}
+
+
+@pytest.mark.parametrize("setting", MODEL)
+def test_a_setting_of_model_config_changes_what_it_should(setting, make_magnet):
+    value, look, expected = MODEL[setting]
     with torch.no_grad():
-        oracle.logits.copy_(100.0 * F.one_hot(clips.codes[:, 0].long(), 64) * real[..., None])
-    assert all(value == pytest.approx(0) for value in validate(oracle, clips, "cpu", nullcontext)[0].values())
+        before, after = look(make_magnet()), look(make_magnet(**{setting: value}))
+    if expected is OTHERS:
+        assert all(a != b for a, b in zip(before, after, strict=True))
+    else:
+        assert after == expected and before != after
 
 
-def test_model_of_finds_the_model_inside_its_wrappers():
-    model = nn.Linear(1, 1)
-    wrapped, compiled = nn.Module(), nn.Module()
-    compiled._orig_mod = model
-    wrapped.module = compiled
-    assert model_of(model) is model_of(compiled) is model_of(wrapped) is model
+def test_every_setting_stands_in_a_table():
+    assert TRAINING.keys() == {field.name for field in fields(TrainConfig)}
+    assert MODEL.keys() == {field.name for field in fields(ModelConfig)}
 
 
-@pytest.mark.parametrize("name, value", [
-    ("seconds", 0), ("steps", 0), ("batch_size", -1), ("lr", math.nan), ("seconds", math.inf), ("dropout", 1.5),
-    ("condition_dropout", -0.1), ("span_len", 0)])
-def test_train_config_names_the_flag_that_is_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be"):
-        TrainConfig(**{name: value})
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+def read_log(run):
+    """The rows of log.csv, but for the time taken."""
+    with (run / "log.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
-# ---------------------------------------------------------------------------------------------------------- a whole run
+def read_state(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
 
-def test_train_logs_validation_per_codebook_and_rate_and_they_are_those_of_the_averaged_weights(tiny_run, cache):
+
+def losses(run):
+    return [float(row["loss"]) for row in read_log(run)]
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Two nested structures are equal, every bit of them."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict | list | tuple):
+        items = a.keys() if isinstance(a, dict) else range(len(a))
+        assert len(a) == len(b) and (not isinstance(a, dict) or a.keys() == b.keys()), where
+        for i in items:
+            assert_same(a[i], b[i], f"{where}/{i}")
+    else:
+        assert a.equal(b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def test_train_logs_each_codebook_and_rate_as_the_averaged_weights_have_them(tiny_run, watch):
     rows = read_log(tiny_run)
-    columns = {f"val_{k}_{rate}" for k in range(4) for rate in (0.25, 0.5, 0.75, 1.0)}
-    assert set(rows[0]) == {"step", "loss", "lr", "chance"} | columns
-    assert [int(row["step"]) for row in rows] == list(range(1, 11))
+    assert [int(row["step"]) for row in rows] == list(range(1, 11)) and abs(losses(tiny_run)[0] - math.log(256)) < 1.2
     assert [bool(row["val_0_0.5"]) for row in rows] == [step in (5, 10) for step in range(1, 11)]
-    model, names = load_model(tiny_run)
-    encoder = T5Encoder.from_pretrained(names["text_encoder"])
-    _, valid = load_data("toy", load_codec(names["codec"]), encoder, 1.0, cache, toy_clips=24)
-    for stage, values in validate(model, valid, "cpu", nullcontext).items():
-        for rate, value in values.items():
-            assert float(rows[-1][f"val_{stage}_{rate}"]) == pytest.approx(value, rel=1e-4)
+    values = validate(load_model(tiny_run)[0], watch().run.valid_clips, "cpu", nullcontext)
+    expected = {f"val_{k}_{rate}": value for k, row in values.items() for rate, value in row.items()}
+    assert set(rows[-1]) == {"step", "loss", "lr", "chance", *expected}
+    assert {name: float(rows[-1][name]) for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
-def test_train_writes_a_checkpoint_of_tensors_and_plain_types(tiny_run):
-    state = read_checkpoint(tiny_run)
-    assert state["step"] == 10 and state["config"]["dim"] == 48 and state["model_config"]["seconds"] == 1.0
-    assert state["config"] == vars(TrainConfig(**state["config"]))
+def test_train_logs_the_mean_loss_per_hidden_token_since_the_last_row(train_tiny, tiny_run, tmp_path):
+    mean = [sum(losses(tiny_run)[i:i + 5]) / 5 for i in (0, 5)]
+    assert losses(train_tiny(tmp_path / "run", "--log-every 5")) == pytest.approx(mean, rel=1e-4)
+
+
+def test_train_writes_a_checkpoint_of_tensors_and_plain_types_and_nothing_else(tiny_run):
+    state = read_state(tiny_run)
+    assert state["step"] == 10 and state["config"] == vars(TrainConfig(**state["config"]))
     assert sorted(os.listdir(tiny_run)) == ["checkpoint.pt", "log.csv"]
 
 
-def test_train_starts_near_chance_level(tiny_run):
-    assert abs(losses(tiny_run)[0] - math.log(256)) < 1.2
+def test_train_reads_only_the_cache_once_it_is_filled(train_tiny, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.delattr(Codec, "encode")
+    monkeypatch.delattr(T5Encoder, "encode_text")
+    assert read_log(train_tiny(tmp_path / "again")) == read_log(tiny_run)
 
 
-def test_train_starts_alike_with_the_same_seed_only(run_tiny, tiny_run, tmp_path):
-    assert losses(run_tiny(tmp_path / "same", "--steps 1 --val-every 9"))[0] == losses(tiny_run)[0]
-    assert losses(run_tiny(tmp_path / "other", "--steps 1 --seed 1"))[0] != losses(tiny_run)[0]
-
-
-def test_train_learns_a_few_clips_by_heart(run_tiny, tmp_path):
+def test_train_learns_a_few_clips_by_heart(train_tiny, tmp_path):
     flags = "--toy-clips 4 --seconds 0.4 --steps 150 --dim 64 --lr 0.004 --val-every 150 --save-every 150"
-    curve = losses(run_tiny(tmp_path / "run", flags))
+    curve = losses(train_tiny(tmp_path / "run", flags))
     assert sum(curve[-20:]) / 20 < 0.5 * sum(curve[:5]) / 5
 
 
-def test_train_reads_only_the_cache_once_it_is_filled(run_tiny, tiny_run, tmp_path, monkeypatch):
-    def fail(*_):
-        raise AssertionError("called while training")
-    monkeypatch.setattr(Codec, "encode", fail)
-    monkeypatch.setattr(T5Encoder, "encode_text", fail)
-    again = run_tiny(tmp_path / "again")
-    assert read_log(again) == read_log(tiny_run)
+def test_a_hybrid_that_learned_two_clips_by_heart_plays_them_in_every_way(generator, make_magnet):
+    """From left to right, in parallel, and first the one, then the other: the loss and the decoding fit each other."""
+    codes = torch.randint(16, (2, 2, 10), generator=generator)
+    clips = Clips(codes, torch.tensor([10, 10]), list(torch.randn(2, 3, 8, generator=generator)), torch.arange(2))
+    model, config = make_magnet(objective="hybrid", n_codebooks=2, dim=64), TrainConfig(
+        objective="hybrid", batch_size=16, condition_dropout=0.0, stage_weights=(1.0,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(250):
+        batch = draw_batch(clips, config, 2, generator)
+        optimizer.zero_grad()
+        (hybrid_cross_entropy(model, **batch) / batch["loss_mask"].sum()).backward()
+        optimizer.step()
+    _, text, text_mask = clips.batch(torch.arange(2))
+    for seconds in (0.0, 0.06, 0.12):
+        config = SamplingConfig((8, 4), greedy=True, guidance_start=1, ar_guidance=1, hybrid_seconds=seconds)
+        played = generate(model, text, text_mask, torch.full_like(codes, MASK), config)
+        assert played.equal(codes), f"with {seconds} s from left to right {(played != codes).sum()} of 40 tokens differ"
 
 
-class LossSpy:
-    """Stands for masked_cross_entropy while training, and keeps what it was called with."""
-
-    def __init__(self):
-        self.calls, self.function = [], masked_cross_entropy
-
-    def __call__(self, model, codes, stage, hidden, counted, text, text_mask):
-        self.calls.append((codes, stage, hidden, counted, text_mask))
-        return self.function(model, codes, stage, hidden, counted, text, text_mask)
+def test_train_init_from_takes_the_averaged_weights_and_nothing_else(train_tiny, tiny_run, tmp_path):
+    state = read_state(train_tiny(tmp_path / "run", f"--init-from {tiny_run} --steps 1 --lr 1e-9 --seed 5"))
+    assert state["step"] == 1 and all(entry["step"] == 1 for entry in state["optimizer"]["state"].values())
+    for weights in (state["model"], state["ema"]):
+        torch.testing.assert_close(weights, read_state(tiny_run)["ema"], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="tiny.*shape"):
+        train_tiny(tmp_path / "other", f"--init-from {tiny_run} --dim 16")
 
 
-@pytest.fixture
-def loss_spy(monkeypatch):
-    spy = LossSpy()
-    monkeypatch.setitem(LOSSES, "magnet", spy)
-    return spy
+def test_train_writes_audio_samples_when_asked(train_tiny, tmp_path):
+    run = train_tiny(tmp_path / "run", "--sample-every 2 --steps 2 --sample-captions flute")
+    assert [path.name for path in (run / "samples").iterdir()] == ["step-000002.wav"]
 
 
-def test_train_takes_every_codebook_and_every_clip_in_turn(run_tiny, tmp_path, loss_spy):
-    run_tiny(tmp_path / "run", "--steps 60 --val-every 60")
-    stages = [stage for _, stage, *_ in loss_spy.calls]
-    assert set(stages) == {0, 1, 2, 3} and max(map(stages.count, range(4))) < 30
-    seen = {tuple(row.flatten().tolist()) for codes, *_ in loss_spy.calls for row in codes}
-    assert len(seen) > 20
+# ------------------------------------------------------------------------------------------------ stopping and resuming
+
+def at_step(step, act):
+    """`learning_rate`, which the loop calls in every step; in one of them act() goes first, and may give the rate."""
+    return lambda i, config: (act() if i == step else None) or learning_rate(i, config)
 
 
-def test_stage_weights_say_how_often_each_codebook_is_trained(run_tiny, tmp_path, loss_spy):
-    run_tiny(tmp_path / "run", "--steps 60 --val-every 60 --stage-weights 3 1 0 0")
-    stages = [stage for _, stage, *_ in loss_spy.calls]
-    assert set(stages) == {0, 1} and 35 <= stages.count(0) <= 55
-
-
-def test_the_last_stage_weight_is_that_of_all_codebooks_that_follow(run_tiny, tmp_path, loss_spy):
-    run_tiny(tmp_path / "run", "--steps 60 --val-every 60 --stage-weights 0 1")
-    stages = [stage for _, stage, *_ in loss_spy.calls]
-    assert set(stages) == {1, 2, 3} and max(map(stages.count, range(4))) < 35
-
-
-@pytest.mark.parametrize("weights, want", [("0 0 0 0 1", "none of 4 codebooks"), ("1 -1 1 1", "zero or positive"),
-                                           ("0 0 0 0", "not all zero")])
-def test_train_refuses_stage_weights_that_make_no_sense(run_tiny, tmp_path, weights, want):
-    with pytest.raises(ValueError, match=want):
-        run_tiny(tmp_path / "run", f"--stage-weights {weights}")
-
-
-def test_train_counts_the_hidden_tokens_that_are_not_padding(run_tiny, tmp_path, loss_spy, monkeypatch):
-    def short_clips(*args, **kwargs):
-        clips, valid = load_data(*args, **kwargs)
-        clips.n_frames = torch.full_like(clips.n_frames, 20)
-        return clips, valid
-    monkeypatch.setattr(train, "load_data", short_clips)
-    run_tiny(tmp_path / "run")
-    for codes, _, hidden, counted, _ in loss_spy.calls:
-        assert codes.shape == (4, 4, 50)
-        assert torch.equal(counted[:, :20], hidden[:, :20]) and not counted[:, 20:].any()
-    assert any(hidden[:, 20:].any() for _, _, hidden, _, _ in loss_spy.calls)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_train_drops_the_condition_of_a_share_of_the_clips(run_tiny, tmp_path, loss_spy, share):
-    run_tiny(tmp_path / "run", f"--steps 40 --batch-size 8 --val-every 40 --condition-dropout {share}")
-    dropped = torch.cat([mask.sum(dim=1) == 0 for *_, mask in loss_spy.calls])
-    assert len(dropped) == 320 and dropped.float().mean() == pytest.approx(share, abs=0.09)
-    assert share not in (0.0, 1.0) or dropped.float().mean() == share
-
-
-def test_train_logs_the_mean_loss_per_hidden_token(run_tiny, tmp_path, loss_spy):
-    spied, function = [], loss_spy.function
-
-    def keep(*args):
-        loss = function(*args)
-        spied.append(loss.item() / int(args[4].sum()))
-        return loss
-    loss_spy.function = keep
-    run = run_tiny(tmp_path / "run", "--log-every 5")
-    assert losses(run) == pytest.approx([sum(spied[:5]) / 5, sum(spied[5:]) / 5], rel=1e-4)
-
-
-def test_train_refuses_a_folder_that_holds_a_run_and_leaves_it_alone(run_tiny, tiny_run):
-    before = {path.name: path.read_bytes() for path in tiny_run.iterdir()}
-    with pytest.raises(ValueError, match="holds a run already.*--resume"):
-        run_tiny(tiny_run)
-    assert {path.name: path.read_bytes() for path in tiny_run.iterdir()} == before
-
-
-def test_train_resume_of_a_finished_run_changes_nothing(run_tiny, tmp_path):
-    run = run_tiny(tmp_path / "run")
-    before = read_checkpoint(run), read_log(run)
-    run_tiny(run, "--resume")
-    assert_same((read_checkpoint(run), read_log(run)), before)
-
-
-def test_train_resume_refuses_other_settings_than_those_of_the_run(run_tiny, tmp_path):
-    run = run_tiny(tmp_path / "run")
-    with pytest.raises(ValueError, match="dim is 48, not 96"):
-        run_tiny(run, "--resume --dim 96")
-    assert read_checkpoint(run)["config"]["dim"] == 48 and read_checkpoint(run)["step"] == 10
-
-
-# SIGKILL at the beginning of the eighth step: three steps after the checkpoint of step 5, two rows of the log too far.
+# SIGKILL in the eighth step: the checkpoint is of step 5, the log has rows of steps that will be made again.
 KILLED = """
-import os, signal, train
-learning_rate = train.learning_rate
-def stumble(step, config):
-    if step == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return learning_rate(step, config)
-train.learning_rate = stumble
+import os, signal, test_train, train
+train.learning_rate = test_train.at_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL))
 train.main()
 """
 
 
-def test_train_resume_after_a_kill_ends_bit_for_bit_as_if_never_stopped(tmp_path, cache, tiny_run):
-    whole = command(tmp_path / "whole", cache, "--dropout 0.2")
-    killed = command(tmp_path / "killed", cache, "--dropout 0.2", ("-c", KILLED))
-    assert whole.wait(300) == 0, whole.stdout.read()
-    assert killed.wait(300) == -signal.SIGKILL, killed.stdout.read()
-    assert read_checkpoint(tmp_path / "killed")["step"] == 5 and len(read_log(tmp_path / "killed")) == 7
-    resumed = command(tmp_path / "killed", cache, "--resume")
-    assert resumed.wait(300) == 0, resumed.stdout.read()
-    assert read_log(tmp_path / "killed") == read_log(tmp_path / "whole")
-    assert_same(read_checkpoint(tmp_path / "killed"), read_checkpoint(tmp_path / "whole"))
+def test_train_resume_after_a_kill_ends_bit_for_bit_as_if_never_stopped(train_tiny, tiny_run, tmp_path):
+    whole, killed = train_tiny(tmp_path / "whole", "--dropout 0.2"), tmp_path / "killed"
+    flags = ["--out", killed, "--cache", train_tiny.cache, *TINY, "--dropout", "0.2"]
+    ended = subprocess.run([sys.executable, "-c", KILLED, *flags], cwd=ROOT, capture_output=True, text=True, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})  # sums in the same order
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert read_state(killed)["step"] == 5 and len(read_log(killed)) == 7
+    with (killed / "log.csv").open("a") as file:
+        file.write("8,5.1")  # a row that was torn
+    train_tiny(killed, "--resume")
+    assert read_log(killed) == read_log(whole)
+    assert_same(read_state(killed), read_state(whole))
 
 
-@pytest.mark.parametrize("objective", ["ar", "hybrid"])
-def test_train_of_another_objective_resumes_and_splits_up_as_well(objective, run_tiny, tmp_path, cache, monkeypatch):
-    """Stopped and resumed it is bit for bit the same; in parts, and in two processes, it gives the same losses."""
-    flags = f"--objective {objective} --dropout 0.2 --steps 6 --val-every 6"
-    whole = run_tiny(tmp_path / "whole", flags)
-
-    def interrupt(step, config):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return learning_rate(step, config)
+@pytest.mark.parametrize("number, code, flags", [
+    (signal.SIGINT, 130, "--log-every 4"), (signal.SIGTERM, 143, "--objective hybrid --log-every 4 --dropout 0.2")])
+def test_train_stops_at_a_signal_with_a_checkpoint_from_which_it_goes_on(
+        number, code, flags, call, train_tiny, tiny_run, tmp_path, monkeypatch):
+    whole = train_tiny(tmp_path / "whole", flags)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", interrupt)
-        stopped = run_tiny(tmp_path / "stopped", flags)
-    assert read_checkpoint(stopped)["step"] == 3
-    run_tiny(stopped, f"{flags} --resume")
-    assert read_log(stopped) == read_log(whole)
-    assert_same(read_checkpoint(stopped), read_checkpoint(whole))
-
-    flags = flags.replace("--dropout 0.2", "")  # each process draws dropout by itself
-    undropped = losses(run_tiny(tmp_path / "undropped", flags))
-    assert losses(run_tiny(tmp_path / "parts", f"{flags} --accumulate 4")) == pytest.approx(undropped, rel=1e-4)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
-    process = command(tmp_path / "two", cache, flags, launcher)
-    assert process.wait(300) == 0, process.stdout.read()
-    assert losses(tmp_path / "two") == pytest.approx(undropped, rel=1e-4)
+        patch.setattr(train, "learning_rate", at_step(2, lambda: os.kill(os.getpid(), number)))
+        ended = call(train, "--out", "run", "--cache", train_tiny.cache, *TINY, *flags.split())
+    assert ended.code == code and ended.err.splitlines()[-1] == "stopped", ended.err
+    assert read_state(tmp_path / "run")["step"] == 3, "the step in which the signal came is finished"
+    run = train_tiny(tmp_path / "run", "--resume " + flags)
+    assert read_log(run) == read_log(whole), "no extra row, and means over the steps before the stop and after it"
+    assert_same(read_state(run), read_state(whole))
 
 
-@pytest.mark.parametrize("objective, kinds", [("ar", ["ar"]), ("hybrid", ["0.25", "0.5", "0.75", "1.0", "ar"])])
-def test_a_checkpoint_says_its_objective_and_the_log_validates_it(objective, kinds, run_tiny, tmp_path):
-    run = run_tiny(tmp_path / "run", f"--objective {objective} --steps 2 --val-every 2")
-    assert load_model(run)[0].config.objective == objective
-    last = read_log(run)[-1]
-    assert {name for name in last if name.startswith("val_")} == {f"val_{k}_{kind}" for k in range(4) for kind in kinds}
-    assert all(abs(float(last[name]) - math.log(256)) < 1.2 for name in last if name.startswith("val_"))
+@pytest.mark.parametrize("step, message", [(6, "step 8: training diverged (loss nan"), (9, "step 10: training div")])
+def test_train_that_diverges_stops_with_one_line_and_keeps_the_last_finite_checkpoint(
+        step, message, call, train_tiny, tiny_run, tmp_path, monkeypatch):
+    """A rate of infinity makes the weights useless: the next loss shows it, or the checkpoint that is due."""
+    monkeypatch.setattr(train, "learning_rate", at_step(step, lambda: math.inf))
+    ended = call(train, "--out", "run", "--cache", train_tiny.cache, *TINY)
+    assert_one_line(ended, message, "the last checkpoint is kept")
+    state = read_state(tmp_path / "run")
+    assert state["step"] == 5 and all(x.isfinite().all() for name in ("model", "ema") for x in state[name].values())
 
 
-def test_train_stops_at_ctrl_c_with_a_checkpoint_from_which_it_goes_on(run_tiny, tiny_run, tmp_path, monkeypatch):
-    def interrupt(step, config):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return learning_rate(step, config)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", interrupt)
-        run = run_tiny(tmp_path / "run")
-    assert read_checkpoint(run)["step"] == 3 and len(read_log(run)) == 3
-    run_tiny(run, "--resume")
-    assert read_log(run) == read_log(tiny_run)
-    assert_same(read_checkpoint(run), read_checkpoint(tiny_run))
+def test_train_on_a_full_disk_ends_with_one_line_and_keeps_the_old_checkpoint(call, train_tiny, tiny_run, tmp_path,
+                                                                              monkeypatch):
+    """From the eighth step on no file may grow beyond 100 kB: the checkpoint of step 10 finds no room."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(train, "learning_rate",
+                        at_step(7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))))
+    try:
+        ended = call(train, "--out", "run", "--cache", train_tiny.cache, *TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(ended, "checkpoint.pt", "what was there is kept")
+    assert read_state(tmp_path / "run")["step"] == 5
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "log.csv"], "and nothing half-written"
 
 
-def test_train_init_from_takes_the_averaged_weights_and_nothing_else(run_tiny, tiny_run, tmp_path):
-    state = read_checkpoint(run_tiny(tmp_path / "run", f"--init-from {tiny_run} --steps 1 --lr 1e-9 --seed 5"))
-    source = read_checkpoint(tiny_run)
-    assert state["step"] == 1 and state["config"]["seed"] == 5
-    assert all(entry["step"] == 1 for entry in state["optimizer"]["state"].values())
-    for weights in (state["model"], state["ema"]):
-        for name, tensor in weights.items():
-            torch.testing.assert_close(tensor, source["ema"][name], atol=1e-6, rtol=0)
+def test_train_touches_a_run_only_to_resume_it_with_its_own_settings(train_tiny, tiny_run):
+    before = {path.name: path.read_bytes() for path in tiny_run.iterdir()}
+    with pytest.raises(ValueError, match="holds a run already.*--resume"):
+        train_tiny(tiny_run)
+    with pytest.raises(ValueError, match="dim is 32, not 96"):
+        train_tiny(tiny_run, "--resume --dim 96")
+    assert {path.name: path.read_bytes() for path in tiny_run.iterdir()} == before
 
 
-def test_train_init_from_names_a_checkpoint_of_another_shape(run_tiny, tiny_run, tmp_path):
-    with pytest.raises(ValueError, match="tiny.*shape"):
-        run_tiny(tmp_path / "run", f"--init-from {tiny_run} --dim 32")
+def test_train_resume_of_a_finished_run_changes_nothing(train_tiny, tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    train_tiny(run, "--resume")
+    assert_same((read_state(run), read_log(run)), (read_state(tiny_run), read_log(tiny_run)))
 
 
-def test_train_init_from_toy_starts_from_the_weights_that_ship(run_tiny, tmp_path):
-    toy, _ = load_model("toy")
-    shape = f"--dim {toy.config.dim} --n-heads {toy.config.n_heads} --n-layers {toy.config.n_layers}"
-    run = run_tiny(tmp_path / "run", f"--init-from toy --steps 1 --lr 1e-9 {shape}")
-    torch.testing.assert_close(read_checkpoint(run)["model"], dict(toy.state_dict()), atol=1e-6, rtol=0)
+def test_train_resume_finds_codec_and_data_in_a_new_place_by_their_content(train_tiny, tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    codec = load_codec("toy")
+    codec.save(tmp_path / "moved.pt")
+    train_tiny(run, f"--resume --codec {tmp_path}/moved.pt")
+    next(codec.parameters()).mul_(1.1)
+    codec.save(tmp_path / "another.pt")
+    with pytest.raises(ValueError, match="codec .* has other weights"):
+        train_tiny(run, f"--resume --codec {tmp_path}/another.pt")
 
 
-def test_train_in_four_parts_gives_the_losses_and_weights_of_one(run_tiny, tiny_run, tmp_path):
-    parts = run_tiny(tmp_path / "parts", "--accumulate 4")
-    assert losses(parts) == pytest.approx(losses(tiny_run), rel=1e-4)
-    for name, tensor in read_checkpoint(tiny_run)["model"].items():
-        torch.testing.assert_close(read_checkpoint(parts)["model"][name], tensor, atol=1e-4, rtol=1e-3)
+# ---------------------------------------------------------------------------------------------------- several processes
+
+# Both objectives in one launch of the two processes, because it is the launch that takes long.
+TWO = """
+import sys, train
+flags = sys.argv[1:]
+for objective in ("magnet", "hybrid"):
+    sys.argv = ["train.py", *flags, "--out", objective, "--objective", objective]
+    train.main()
+"""
 
 
-def test_train_in_two_processes_gives_the_losses_and_weights_of_one(tiny_run, tmp_path, cache):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
-    process = command(tmp_path / "two", cache, "--accumulate 2", launcher)
-    assert process.wait(300) == 0, process.stdout.read()
-    assert losses(tmp_path / "two") == pytest.approx(losses(tiny_run), rel=1e-4)
-    for name, tensor in read_checkpoint(tiny_run)["model"].items():
-        torch.testing.assert_close(read_checkpoint(tmp_path / "two")["model"][name], tensor, atol=1e-4, rtol=1e-3)
+def test_train_in_two_processes_has_the_losses_and_the_gradients_of_one(train_tiny, tiny_run, tmp_path):
+    """AdamW's first moment is a sum of gradients: unlike the weights, it shows their scale."""
+    (tmp_path / "two.py").write_text(TWO)
+    flags = "--steps 3 --accumulate 2 --clip-norm 1e9 --lr 1e-6"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"]
+    ended = subprocess.run([*launcher, "--cache", train_tiny.cache, *TINY, *flags.split()], cwd=tmp_path,
+                           capture_output=True, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 0, ended.stderr
+    for objective in ("magnet", "hybrid"):
+        one, two = train_tiny(tmp_path / "one" / objective, f"{flags} --objective {objective}"), tmp_path / objective
+        assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+        moments = [flat(entry["exp_avg"] for entry in read_state(run)["optimizer"]["state"].values())
+                   for run in (one, two)]
+        torch.testing.assert_close(*moments, atol=1e-6, rtol=1e-3)
 
 
-def test_train_refuses_a_batch_that_cannot_be_split(run_tiny, tmp_path):
-    with pytest.raises(ValueError, match="--batch-size 4 must be a multiple"):
-        run_tiny(tmp_path / "run", "--accumulate 3")
+# --------------------------------------------------------------------------------------------------------- command line
+
+WRONG = {  # flags: what the line names
+    "--data missing": "missing", "--data empty": "empty", "--resume": "there is no run", "--device nosuch": "nosuch",
+    "--codec nosuch": "nosuch", "--text-encoder nosuch": "nosuch", "--text-encoder empty": "config.json",
+    "--n-codebooks 5": "codebooks", "--steps 0": "steps must be", "--batch-size 3 --accumulate 2": "--batch-size 3",
+    "--dropout 2": "dropout must be", "--n-heads 7": "n_heads", "--init-from missing": "missing",
+    "--val-every 0": "val_every", "--stage-weights 0 0 0 0 1": "none of 4 codebooks",
+    "--stage-weights inf": "stage_weights must be", "--stage-weights 1 -1": "stage_weights", "--seconds inf": "seconds",
+    "--lr nan": "lr must be", "--dim 4294967296": "dim must be", "--lr=--": "lr must be", "--objective x": "--object",
+    "--dtype fp8": "--dtype", "--steps": "--steps", "--nonsense 1": "--nonsense",
+}
 
 
-def test_train_in_bf16_stays_finite_and_close_to_fp32(run_tiny, tiny_run, tmp_path):
-    run = run_tiny(tmp_path / "run", "--dtype bf16")
-    assert losses(run) == pytest.approx(losses(tiny_run), abs=0.1)
+@pytest.mark.parametrize("flags", WRONG)
+def test_train_says_in_one_line_what_is_wrong_and_writes_nothing(flags, call, tiny_run, train_tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    given = {} if "--resume" in flags else {"--toy-clips": 24, "--seconds": 1, "--steps": 2}
+    ended = call(train, "--out", "run", "--cache", train_tiny.cache, "--device", "cpu",
+                 *(x for pair in given.items() for x in pair), *flags.split())
+    assert_one_line(ended, WRONG[flags].replace("no run", f"no {Path('run', 'checkpoint.pt')}"))
+    assert os.listdir(tmp_path) == ["empty"]
 
 
-def test_train_of_one_codebook_and_full_context_works(run_tiny, tmp_path):
-    state = read_checkpoint(run_tiny(tmp_path / "run", "--n-codebooks 1 --context-ms -1 --steps 2"))
-    assert state["model_config"]["n_codebooks"] == 1 and state["model_config"]["context"] == -1
-
-
-def test_train_turns_the_context_window_from_milliseconds_into_frames(tiny_run):
-    assert read_checkpoint(tiny_run)["model_config"]["context"] == 5
-
-
-def test_train_writes_audio_samples_when_asked(run_tiny, tmp_path):
-    run = run_tiny(tmp_path / "run", "--sample-every 10 --sample-captions flute")
-    assert [path.name for path in (run / "samples").iterdir()] == ["step-000010.wav"]
+def test_train_only_encode_fills_the_cache_that_training_reads_and_stops(call, tmp_path):
+    soundfile.write("song.wav", np.sin(np.arange(40_000) / 9) / 2, 16_000)
+    Path("song.txt").write_text("a flute")
+    ended = call(train, "--data", ".", "--seconds", 1, "--cache", "cache", "--out", "run", "--only-encode")
+    assert ended.code == 0 and "3 training clips and 3 validation clips of 1 s" in ended.out
+    assert {path.name.split("-")[0] for path in Path("cache").glob("*.pt")} == {"codes", "text"}
+    assert not Path("run").exists()

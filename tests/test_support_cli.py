@@ -1,0 +1,195 @@
+"""What the commands share: settings that are checked, flags made from them, devices, and errors in one line.
+
+Read in this order: `Config` (what a field may be), `add_flags` and `from_flags` (from a command line to a config),
+`pick_device`, `run` and `say` (how a command ends).
+"""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Ended, assert_one_line
+
+import sample
+import train
+from model import ModelConfig
+from sample import SamplingConfig
+from support import cli
+from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, pick_dtype
+from support.request import Request
+from train import RunConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Example(Config):
+    whole: int = option(3, "a number", low=1, high=9)
+    share: float = option(0.5, "100% is all", above=0, high=1)
+    name: str = option("a", "a choice", ("a", "b"))
+    many_steps: tuple[int, ...] = option((1, 2), "several", low=1)
+    is_on: bool = option(False, "a switch")
+    begin: float = option(None, "nothing or a number", low=0, flag="--from")
+
+
+# --------------------------------------------------------------------------------------------------------------- Config
+
+@pytest.mark.parametrize("field, value, wanted", [
+    ("whole", 0, "whole number at least 1 and at most 9, not 0"), ("whole", 10, "at most 9"), ("whole", 2.0, "whole"),
+    ("whole", True, "whole number"), ("whole", "3", "whole number"), ("whole", None, "whole number"),
+    ("share", 0, "number above 0 and at most 1, not 0"), ("share", math.nan, "not nan"), ("share", math.inf, "not inf"),
+    ("share", [0.5], "number"), ("name", "c", "a or b, not 'c'"), ("name", ["a"], "a or b"), ("is_on", 1, "True or F"),
+    ("many_steps", (1, 0), "whole numbers at least 1"), ("many_steps", (), "whole numbers"), ("many_steps", 5, "whole"),
+    ("many_steps", (1, "2"), "whole numbers"), ("begin", -1, "at least 0"), ("begin", {}, "number at least 0")])
+def test_config_names_the_field_that_is_wrong_and_says_what_would_be_right(field, value, wanted):
+    with pytest.raises(ValueError, match=f"^{field} must be .*{wanted}"):
+        Example(**{field: value})
+
+
+def test_config_accepts_its_limits_whole_numbers_for_numbers_and_lists_for_tuples():
+    config = Example(whole=9, share=1, many_steps=[1, 5], begin=None)
+    assert config.many_steps == (1, 5) and config.share == 1 and config.begin is None
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, RunConfig, ModelConfig, SamplingConfig, Request])
+def test_config_classes_explain_every_field_and_bound_every_number(config_class):
+    """So that a checkpoint or a flag that asks for terabytes, or for nothing, is refused by the name of its field."""
+    for field in dataclasses.fields(config_class):
+        limits, many = field.metadata, typing.get_args(field.type)
+        assert limits["help"], f"{field.name} is not explained"
+        if field.type in (int, float) or many and many[0] in (int, float):
+            assert limits["low"] is not None or limits["above"] is not None, f"{field.name} has no lower bound"
+            with pytest.raises(ValueError, match=f"^{field.name} must be"):
+                config_class(**{field.name: (math.nan,) if many else math.nan})
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+def parse(config, *arguments):
+    parser = Parser()
+    add_flags(parser, type(config))
+    return from_flags(parser.parse_args(arguments), config)
+
+
+def test_from_flags_reads_every_kind_of_field():
+    arguments = "--whole 4 --share 0.25 --name b --many-steps 3 4 5 --is-on --from 2".split()
+    assert parse(Example(), *arguments) == Example(4, 0.25, "b", (3, 4, 5), True, 2.0)
+    assert parse(Example(is_on=True), "--no-is-on") == Example()
+
+
+def test_from_flags_keeps_what_is_not_given_and_a_flag_with_the_default_value_goes_before_it():
+    stored = Example(whole=7, share=0.1, is_on=True)
+    assert parse(stored) == stored, "nothing was given"
+    assert parse(stored, "--whole", "3") == dataclasses.replace(stored, whole=3), "3 is given, though it is the default"
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--whole", "x"], ["--whole", "10"], ["--whole=--"], ["--name", "c"], ["--many-steps"], ["--share"],
+    ["--share", "inf"], ["--share", "0.5\nrm"], ["--whole", "4294967296"], ["--nonsense"]])
+def test_add_flags_refuses_a_value_of_another_kind_out_of_bounds_or_none(arguments):
+    with pytest.raises(ValueError, match=arguments[0].strip("-=").replace("-", ".")):
+        parse(Example(), *arguments)
+
+
+@pytest.mark.parametrize("module, classes", [(sample, (Request, SamplingConfig)), (train, (RunConfig, TrainConfig))])
+def test_help_explains_the_flag_of_every_field(module, classes, call):
+    ended = call(module, "--help")
+    text = " ".join(ended.out.split())
+    assert ended.code == 0
+    for field in (field for config_class in classes for field in dataclasses.fields(config_class)):
+        assert (field.metadata["flag"] or "--" + field.name.replace("_", "-")) in text, field.name
+        assert field.metadata["help"].split()[0] in text
+
+
+# -------------------------------------------------------------------------------------------------------------- devices
+
+def test_pick_device_prefers_cuda_then_mps_then_the_cpu(monkeypatch):
+    have = {"cuda": True, "mps": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: have["cuda"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: have["mps"])
+    assert pick_device("auto").type == "cuda" and pick_device("cpu").type == "cpu" and pick_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="--device cuda:2: this machine has cuda:0 to cuda:1"):
+        pick_device("cuda:2")
+    have["cuda"] = False
+    assert pick_device("auto").type == "mps"
+    have["mps"] = False
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="--device cuda:1: this machine has cpu"):
+        pick_device("cuda:1")
+
+
+def test_pick_dtype_takes_what_is_asked_and_on_a_cpu_bfloat16_only_where_it_is_fast(monkeypatch):
+    cpu = torch.device("cpu")
+    assert [pick_dtype(name, cpu) for name in cli.DTYPES] == [torch.float32, torch.bfloat16, torch.float16]
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast, raising=False)
+        assert pick_dtype("auto", cpu) == dtype
+
+
+# --------------------------------------------------------------------------------------------------- how a command ends
+
+def end_with(error, capsys):
+    def main():
+        raise error
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    signal.signal(signal.SIGTERM, handler)
+    return Ended(end.value.code, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("error", [ValueError("no\nsuch\r\n thing"), OSError(28, "No such thing")])
+def test_run_ends_bad_input_with_one_line_and_code_2(error, capsys):
+    assert_one_line(end_with(error, capsys), "o such thing")
+
+
+@pytest.mark.parametrize("stop, code", [(KeyboardInterrupt(), 130), (KeyboardInterrupt(signal.SIGTERM), 143)])
+def test_run_ends_a_stop_with_the_code_of_its_signal(stop, code, capsys):
+    ended = end_with(stop, capsys)
+    assert ended.code == code and ended.err == "stopped\n"
+
+
+def test_run_does_not_hide_a_bug():
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize("command, words", [
+    (["sample.py", "a flute", "--model", "no\nsuch_model"], ["such_model", "toy-ar"]),
+    (["train.py", "--data", "no_such_folder"], ["no_such_folder", "no such data set"])])
+def test_a_real_command_ends_bad_input_with_one_line_and_code_2(command, words, tmp_path):
+    script, *arguments = command
+    ended = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert_one_line(Ended(ended.returncode, ended.stdout, ended.stderr), *words)
+    assert "Traceback" not in ended.stdout and os.listdir(tmp_path) == []
+
+
+SAYING = """
+import sys
+from support.cli import run, say
+def main():
+    for line in range(2000):
+        say(f"{line} \\u266b" * 20)
+    print("done", file=sys.stderr)
+run(main)
+"""
+
+
+@pytest.mark.parametrize("ending", [">&-", "| head -n 1 >/dev/null", ">/dev/full"])
+def test_say_to_a_stdout_that_is_closed_gone_or_full_does_not_turn_success_into_failure(ending):
+    """Nor does a character (a note) that the terminal cannot show."""
+    script = f'set -o pipefail; "{sys.executable}" -c "$SAYING" {ending}'
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True,
+                           env={**os.environ, "SAYING": SAYING, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stderr) == (0, "done\n")

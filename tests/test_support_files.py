@@ -1,0 +1,188 @@
+"""Files that are there whole or not at all, and weights that are read with every check that a file allows.
+
+Read in this order: `whole_file` and `save_whole` (writing), `read_checkpoint` (what a file may be), `load_strictly`
+(what tensors may be), `Companions`. Files are damaged and disks are full for real.
+"""
+
+import contextlib
+import os
+import pickle
+import random
+import resource
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from support.files import (
+    STALE,
+    Companions,
+    check_tensors,
+    fingerprint,
+    load_strictly,
+    read_checkpoint,
+    save_whole,
+    whole_file,
+)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+def test_whole_file_takes_its_name_at_the_end_only(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with whole_file(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole" and os.listdir(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_whole_file_keeps_the_old_file_and_no_other_after_an_error_or_a_stop(error, tmp_path):
+    (tmp_path / "file.txt").write_text("old")
+    with pytest.raises(error), whole_file(tmp_path / "file.txt") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert (tmp_path / "file.txt").read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_whole_file_removes_what_killed_processes_left_behind_but_nothing_fresh_and_no_other_file(tmp_path):
+    old, fresh, other = (tmp_path / name for name in (".file.txt.11.tmp", ".file.txt.12.tmp", ".other.txt.11.tmp"))
+    for path in (old, fresh, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (time.time() - STALE - 9,) * 2)
+    with whole_file(tmp_path / "file.txt") as temporary:
+        temporary.write_text("whole")
+    assert not old.exists() and fresh.exists() and other.exists()
+
+
+def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_whole({"a": 1}, path)
+    with pytest.raises(OSError, match="checkpoint.pt: could not be written, what was there is kept"), full_disk(50_000):
+        save_whole({"a": torch.zeros(100_000)}, path)
+    assert read_checkpoint(path) == {"a": 1} and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+@pytest.fixture
+def weights():
+    return nn.Linear(40, 30).state_dict()
+
+
+def test_read_checkpoint_notices_one_flipped_bit_wherever_it_lies(weights, tmp_path):
+    """Either it is refused, or the bit lies where it means nothing, and all is read as it was."""
+    path, rng = tmp_path / "a.pt", random.Random(0)
+    save_whole(weights, path)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            content = read_checkpoint(path)
+        except ValueError as error:
+            refused += str(path) in str(error)
+        else:
+            assert all(content[name].equal(tensor) for name, tensor in weights.items()), "read with another number"
+    assert refused > 150, "most of the file is weights"
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("content", ["cut", b"", b"hello", b"PK\3\4" + bytes(99), "code", "list"])
+def test_read_checkpoint_names_a_file_that_is_damaged_or_something_else(content, weights, tmp_path):
+    path = tmp_path / "a.pt"
+    save_whole(weights if content == "cut" else [1], path)
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:-900])
+    elif content == "code":
+        path.write_bytes(pickle.dumps(os.system))  # reading it must not run it
+    elif content != "list":
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.pt: (cannot be read as|is not such) a checkpoint"):
+        read_checkpoint(path, keys=("weight",))
+
+
+def test_read_checkpoint_names_the_keys_that_are_missing(weights, tmp_path):
+    save_whole(weights, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="it lacks step, rng"):
+        read_checkpoint(tmp_path / "a.pt", keys=("weight", "step", "rng"))
+
+
+def test_read_checkpoint_reads_safetensors_and_the_shards_of_an_index_too(weights, tmp_path):
+    save_file({"weight": weights["weight"]}, tmp_path / "1.safetensors")
+    save_whole({"bias": weights["bias"]}, tmp_path / "2.bin")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"weight": "1.safetensors", "bias": "2.bin"}}')
+    content = read_checkpoint(index)
+    assert content.keys() == weights.keys() and all(content[name].equal(weights[name]) for name in weights)
+
+
+# --------------------------------------------------------------------------------------------------- weights of a model
+
+def bad(name, change):
+    return pytest.param(change, name, id=name.replace(" ", "-"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about sparse and quantised tensors
+@pytest.mark.parametrize("change, message", [
+    bad("tensor bias is missing", lambda w: {"weight": w}), bad("tensor more is unexpected", lambda w: {"more": w}),
+    bad("has shape .40, 30., want .30, 40.", lambda w: {"weight": w.T}), bad("not plain", lambda w: {"weight": [1.0]}),
+    bad("not finite", lambda w: {"weight": w.index_fill(0, torch.tensor([3]), torch.nan)}),
+    bad("not finite ", lambda w: {"weight": w / 0}), bad("plain tensors by name", lambda w: {"weight": w.to_sparse()}),
+    bad("plain tensors ", lambda w: {"weight": torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)}),
+    bad("plain  *tensors", lambda w: {"weight": w.to(torch.complex64)}),
+    bad("plain tensor", lambda w: {"weight": w.to("meta")}),
+    bad("of type torch.int8", lambda w: {"weight": w.to(torch.int8)}), bad("not  *plain", lambda w: {3: w})])
+def test_load_strictly_names_the_file_and_the_tensor_that_is_wrong_and_changes_nothing(change, message, weights):
+    model = nn.Linear(40, 30)
+    before, state = model.weight.clone(), weights | change(weights["weight"])
+    if "missing" in message:
+        del state["bias"]
+    with pytest.raises(ValueError, match=f"a.pt.*{message.rstrip()}"):
+        load_strictly(model, state, "a.pt")
+    assert model.weight.equal(before)
+
+
+def test_load_strictly_multiplies_rows_stored_in_8_bits_by_their_scales(weights):
+    model, scale = nn.Linear(40, 30), weights["weight"].abs().amax(dim=1, keepdim=True) / 127
+    stored = weights | {"weight": (weights["weight"] / scale).round().to(torch.int8)}
+    load_strictly(model, stored, "a.pt", scales={"weight": scale})
+    assert (model.weight - weights["weight"]).abs().max() <= scale.max() / 2 + 1e-6, "half a step of 8 bits"
+    assert model.bias.equal(weights["bias"])
+    for shape in ((30,), (1, 30), (40, 1)):
+        with pytest.raises(ValueError, match="a.pt: the scales of tensor weight have shape"):
+            load_strictly(model, stored, "a.pt", scales={"weight": torch.ones(shape)})
+
+
+def test_load_strictly_gives_a_model_without_memory_the_tensors_in_the_type_asked_for(weights):
+    with torch.device("meta"):
+        model = nn.Linear(40, 30)
+    load_strictly(model, weights, "a.pt", torch.bfloat16, "cpu")
+    assert model.weight.equal(weights["weight"].bfloat16()) and model.weight.device.type == "cpu"
+    with pytest.raises(ValueError):
+        check_tensors([weights["weight"]], "a.pt")
+
+
+def test_companions_check_refuses_a_codec_or_text_encoder_of_other_weights():
+    codec, encoder = nn.Linear(2, 2), nn.Linear(3, 3)
+    companions = Companions("c.pt", "t5", fingerprint(codec), fingerprint(encoder))
+    companions.check(codec, encoder)
+    Companions("c.pt", "t5").check(codec, encoder)  # from a file that does not say
+    nn.init.constant_(encoder.bias, 5.0)
+    with pytest.raises(ValueError, match="text_encoder t5 has other weights"):
+        companions.check(codec, encoder)

@@ -1,0 +1,323 @@
+"""What `python sample.py ...` promises, from its flags to its WAV files; and windows.
+
+Read in this order: planning (clips, windows), what each setting of decoding changes (the table SAMPLING), then whole
+commands: files and lengths, clips that can be made again, given audio, kinds of models, and bad input, which is one
+line, exit code 2, and nothing written. The model was trained for ten steps: it makes noise.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import assert_one_line
+
+import sample
+import train
+from encodec_wrap import load_codec
+from sample import SamplingConfig, clip_streams, generate
+from support.audio import load_audio
+from support.request import Request, plan_clips, window_size, windows
+
+ROOT = Path(__file__).parent.parent
+FEW_STEPS = ["--decoding-steps", "3", "2", "1", "1"]
+
+
+# ------------------------------------------------------------------------------------------------------------- planning
+
+def test_plan_clips_numbers_several_files_and_every_clip_keeps_its_number(tmp_path):
+    def plan(prompts, **request):
+        return [(clip.number, clip.prompt, clip.path.name) for clip in plan_clips(
+            Request(out=str(tmp_path / "b.c.wav"), **request), prompts)]
+    assert plan(["x"]) == [(1, "x", "b.c.wav")]
+    four = plan(["x", "y"], n=2)
+    assert four == [(1, "x", "b.c-1.wav"), (2, "x", "b.c-2.wav"), (3, "y", "b.c-3.wav"), (4, "y", "b.c-4.wav")]
+    assert plan(["x", "y"], n=2, only=(4, 1)) == [four[3], four[0]]
+    assert plan(["x"], only=(3,)) == [(3, "x", "b.c-3.wav")], "clip 3 of --n 4, without saying --n 4 again"
+
+
+@pytest.mark.parametrize("n_frames, given, expected", [
+    (10, (), [0]), (4, (), [0]), (25, (), [0, 6, 12, 15]), (25, range(6), [2, 8, 14, 15]),
+    (25, [*range(12), *range(16, 25)], [9]),  # a gap that fits: in the middle of its window
+    (40, [*range(5), *range(25, 40)], [1, 7, 13, 19]), (10, range(10), [])])  # the last one sees both sides
+def test_windows_fill_in_what_is_open_and_continue_what_is_there(n_frames, given, expected):
+    is_given = torch.zeros(n_frames, dtype=torch.bool)
+    is_given[list(given)] = True
+    slices = windows(is_given, 10, 4)
+    assert [part.start for part in slices] == expected
+    for part in slices:
+        is_given[part] = True
+    assert is_given.all(), "every frame is made"
+
+
+def test_window_size_is_a_training_clip_and_a_third_of_it_overlaps():
+    assert window_size(Request(), 4.0, 50.0) == (200, 67) and window_size(Request(overlap=0.5), 4.0, 50.0) == (200, 25)
+    assert window_size(Request(overlap=0.0), 0.3, 50.0) == (15, 0)
+    with pytest.raises(ValueError, match="--overlap must be less than the 4 s of a window"):
+        window_size(Request(overlap=4.0), 4.0, 50.0)
+
+
+# ------------------------------------------------------------------------------- what each setting of decoding changes
+
+def decode(model, seed=0, rescorer=None, **settings):
+    """What happens while 30 frames are decoded: `codes`, all `steps`, the `scales` of the guidance; `again(...)`."""
+    run = SimpleNamespace(steps=[], scales=[], again=lambda **more: decode(model, **{"seed": seed} | settings | more))
+    text, guided_logits = torch.ones(1, 3, 8), sample.guided_logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "guided_logits",
+                      lambda *args, **more: run.scales.append(args[5]) or guided_logits(*args, **more))
+        run.codes = generate(model, text, torch.ones(1, 3), torch.full((1, 4, 30), model.mask_id),
+                             SamplingConfig(**{"decoding_steps": (3, 2)} | settings), clip_streams(seed, [1]),
+                             rescorer=rescorer, on_step=lambda **step: run.steps.append(step))
+    return run
+
+
+class HalfSure:
+    def score_codes(self, codes, stage, text=None, text_mask=None):
+        return torch.full(codes[:, 0].shape, 0.5)
+
+
+def as_greedy(run):
+    return run.again(greedy=True).codes.equal(run.codes)
+
+
+def confidences(run):
+    return [round(x, 3) for x in run.again(rescorer=HalfSure()).steps[0]["confidence"].unique().tolist()]
+
+
+SAMPLING = {  # setting: (its value, what is looked at, what is there then; by default something else; kind of model)
+    "decoding_steps": ((4, 1), lambda run: [step["stage"] for step in run.steps], [0, 0, 0, 0, 1, 2, 3]),
+    "temperature": (0.0, as_greedy, True),
+    "top_p": (1e-6, as_greedy, True),
+    "top_k": (1, as_greedy, True),
+    "guidance_start": (4.0, lambda run: run.scales[0], 4.0),  # at first all is hidden
+    "guidance_end": (10.0, lambda run: run.scales[2], 10.0),  # as at the start: it does not change
+    "span_arrangement": ("stride1", lambda run: bool((run.steps[2]["hidden"].view(10, 3).sum(dim=1) % 3).any()), True),
+    "span_scoring": ("prod", lambda run: [step["hidden"].tolist() for step in run.steps], ...),  # other spans
+    "schedule": ("released", lambda run: int(run.steps[2]["hidden"].sum()), 3),  # at the last step one span
+    "greedy": (True, lambda run: run.again(seed=1).codes.equal(run.codes), True),
+    "rescorer_weight": (1.0, confidences, [0.5]),
+    "ar_guidance": (1.0, lambda run: run.scales[0], 1.0, "ar"),
+    "ar_top_k": (1, as_greedy, True, "ar"),
+    "ar_temperature": (0.0, as_greedy, True, "ar"),
+    "hybrid_seconds": (0.2, lambda run: sum("position" in step for step in run.steps), 10, "hybrid"),
+}
+
+
+@pytest.mark.parametrize("setting", SAMPLING)
+def test_a_setting_of_sampling_config_changes_what_it_should(setting, make_magnet):
+    value, look, expected, objective = (*SAMPLING[setting], "magnet")[:4]
+    model = make_magnet(objective=objective)
+    before, after = look(decode(model)), look(decode(model, **{setting: value}))
+    assert before != after and (expected is ... or after == expected)
+
+
+def test_every_setting_of_sampling_config_stands_in_the_table():
+    assert SAMPLING.keys() == {field.name for field in fields(SamplingConfig)}
+
+
+# ---------------------------------------------------------------------------------------------------- files and lengths
+
+@pytest.fixture
+def play(call, tiny_run):
+    """play(flags, ...) runs sample.py with the tiny model and few steps, and it succeeds."""
+    def play(*flags, model=tiny_run):
+        ended = call(sample, *flags, "--model", model, "--device", "cpu", "--dtype", "fp32", *FEW_STEPS)
+        assert ended.code == 0, ended.err
+        return ended
+    return play
+
+
+def audio(name):
+    return load_audio(name, 16_000)[0].numpy()
+
+
+def test_sample_writes_every_clip_and_says_how_to_make_it_again(play, tmp_path):
+    """Clip 3 of four comes out again by itself, and is not changed by a long prompt in its batch."""
+    out = play("a flute", "a bell", "--n", 2, "--seed", 7, "--out", "new/x.wav").out
+    assert sorted(os.listdir("new")) == ["x-1.wav", "x-2.wav", "x-3.wav", "x-4.wav"]
+    four = [audio(f"new/x-{i}.wav") for i in range(1, 5)]
+    assert all(np.abs(a - b).max() > 1e-2 for i, a in enumerate(four) for b in four[:i]), "each is another one"
+    assert "wrote new/x-3.wav  a bell  (again: --seed 7 --only 3)" in out
+    elapsed, total, factor = map(float, re.search(
+        r"([\d.]+) s on cpu for ([\d.]+) s of audio: real-time factor ([\d.]+)", out).groups())
+    assert total == 4.0 and factor == pytest.approx(elapsed / total, abs=0.06)
+    play("a flute", "a bell", "--n", 2, "--seed", 7, "--only", 3, "--out", "again.wav")
+    np.testing.assert_allclose(audio("again-3.wav"), four[2], atol=1e-3)
+    play("a bell", "drums and " * 200, "--seed", 7, "--only", 1, "--out", "alone.wav")
+    play("a bell", "drums and " * 200, "--seed", 7, "--out", "beside.wav")
+    np.testing.assert_allclose(audio("beside-1.wav"), audio("alone-1.wav"), atol=1e-3)
+
+
+def test_sample_gives_the_same_bytes_for_the_same_seed_only(play):
+    files = [play("a flute", "--seed", seed) and Path("out.wav").read_bytes() for seed in (7, 7, 8)]
+    assert files[0] == files[1] != files[2]
+
+
+@pytest.mark.parametrize("seconds", [None, 0.001, 1.365, 2.0])
+def test_sample_writes_exactly_as_many_samples_as_asked_or_a_training_clip(seconds, play):
+    play("", "--out", "x.flac", *(["--seconds", seconds] if seconds else []))
+    info = soundfile.info("x.flac")
+    assert (info.format, info.samplerate, info.channels) == ("FLAC", 16_000, 1)
+    assert info.frames == round((seconds or 1.0) * 16_000)
+
+
+def test_sample_plays_longer_than_the_training_clips_in_windows_and_says_so(play):
+    ended = play("a flute", "--seconds", 2.5, "--overlap", 0.25)
+    assert soundfile.info("out.wav").frames == 40_000 and "3/3" in ended.err
+    assert "made in windows of 1 s, each continues 0.24 s of the last" in ended.out
+
+
+def test_sample_with_a_negative_prompt_plays_something_else(play):
+    files = [play("a flute", *flags) and Path("out.wav").read_bytes() for flags in (
+        [], ["--negative-prompt", ""], ["--negative-prompt", "a bell with drums"])]
+    assert files[0] == files[1] != files[2]
+
+
+def test_sample_plays_the_toy_model_without_any_flag_to_a_stdout_that_is_closed(tmp_path):
+    command = f'"{sys.executable}" "{ROOT}/sample.py" "a slow deep flute plays a rising melody, with drums" >&-'
+    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    wav, rate = soundfile.read(tmp_path / "out.wav")
+    assert (len(wav), rate) == (64_000, 16_000) and np.abs(wav).max() > 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------- given audio
+
+def coded(name):
+    """A file as the codec renders it."""
+    codec = load_codec("toy")
+    wav = load_audio(name, 16_000)
+    return codec.decode(codec.encode(wav[None]))[0, 0, :wav.shape[1]].numpy()
+
+
+def write_song(name, n):
+    rng = np.random.default_rng(0)
+    soundfile.write(name, 0.3 * np.sin(np.arange(n) / 9) + 0.01 * rng.standard_normal(n), 16_000)
+
+
+def test_sample_continues_an_audio_prompt(play):
+    write_song("prompt.wav", 8000)
+    play("a flute", "a bell", "--audio-prompt", "prompt.wav")
+    prompt, first, second = coded("prompt.wav")[:6000], audio("out-1.wav"), audio("out-2.wav")
+    assert len(first) == 16_000
+    assert all(np.corrcoef(prompt, clip[:6000])[0, 1] > 0.98 for clip in (first, second)), "both begin with the prompt"
+    assert np.abs(first[9000:] - second[9000:]).max() > 1e-3, "and go on in their own ways"
+
+
+def test_sample_inpaints_a_gap_and_keeps_the_rest_codec_exact(play):
+    write_song("song.wav", 20_000)
+    play("a bell", "--inpaint", "song.wav", "--from", 0.5, "--to", 0.7)
+    change = np.abs(audio("out.wav") - coded("song.wav"))
+    reach = 3200  # how far the codec's decoder spreads a frame
+    assert len(change) == 20_000 and change[8000:11_200].max() > 1e-2
+    assert change[:8000 - reach].max() < 1e-3 and change[11_200 + reach:].max() < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of models
+
+def changed(tiny_run, path, **changes):
+    """A checkpoint like the tiny model's, with changes: `a__b=x` changes entry b of the dictionary a."""
+    content = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    for name, value in changes.items():
+        outer, _, inner = name.partition("__")
+        content[outer] = content[outer] | {inner: value} if inner else value
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("objective, flags", [
+    ("ar", "--seconds 1.5 --overlap 0.3 --ar-top-k 5"), ("hybrid", "--hybrid-seconds 0.3"),
+    ("magnet", "--rescorer rescorer.pt"), ("magnet", "--rescorer missing --rescorer-weight 0")])
+def test_sample_decodes_each_kind_of_model_as_it_was_trained(objective, flags, play, tiny_run, tmp_path):
+    changed(tiny_run, tmp_path / "rescorer.pt", model_config__objective="ar")
+    play("a flute", *flags.split(), model=changed(tiny_run, "model.pt", model_config__objective=objective))
+    assert soundfile.info("out.wav").frames == (24_000 if "--seconds" in flags else 16_000)
+
+
+def test_sample_finds_a_codec_in_a_new_place_by_its_content(call, play, tiny_run, tmp_path):
+    lost = changed(tiny_run, tmp_path / "model.pt", codec="lost.pt")
+    assert_one_line(call(sample, "a flute", "--model", lost), "lost.pt")
+    codec = load_codec("toy")
+    codec.save("moved.pt")
+    play("a flute", "--codec", "moved.pt", model=lost)
+    next(codec.parameters()).mul_(1.1)
+    codec.save("another.pt")
+    assert_one_line(call(sample, "a flute", "--model", lost, "--codec", "another.pt"), "codec", "has other weights")
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+WRONG = {  # flags: what the line names
+    "--seconds 0": "seconds must be", "--seconds inf": "seconds", "--top-p 1.5": "top_p", "--temperature -1": "temp",
+    "--guidance-start nan": "guidance_start", "--guidance-start 1e30": "guidance_start", "--top-k -1": "top_k",
+    "--decoding-steps 5 5 1 1 1": "decoding_steps", "--decoding-steps 1 0": "decoding_steps", "--n 0": "n must be",
+    "--n 4294967296": "n must be", "--only 0": "only must be", "--seed=--": "seed", "--out song": "song",
+    "--out song.mp4": "song.mp4", "--out folder.wav": "folder.wav: is a folder", "--out full.wav/x.wav": "full.wav",
+    "--device nosuch": "nosuch", "--dtype fp8": "--dtype", "--overlap 1": "--overlap", "--overlap nan": "overlap",
+    "--audio-prompt missing.wav": "missing.wav", "--audio-prompt full.wav": "shorter than the 1 s",
+    "--audio-prompt text.wav": "text.wav", "--audio-prompt none.wav": "none.wav", "--inpaint full.wav": "--from",
+    "--from 0 --to 1": "--inpaint", "--inpaint full.wav --from 0.6 --to 0.5": "later --to",
+    "--inpaint full.wav --from 0 --to 9": "full.wav has 1 s", "--model missing": "toy-ar",
+    "--inpaint full.wav --from 0 --to 1 --seconds 2": "--seconds", "--rescorer-weight 2": "rescorer_weight",
+    "--rescorer missing": "missing", "--rescorer other.pt": "codec", "--model ar.pt --rescorer ar.pt": "only parallel",
+    "--model ar.pt --inpaint full.wav --from 0 --to 0.5": "fill in a gap",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_sample_says_in_one_line_what_is_wrong_and_writes_nothing(flags, call, tiny_run, tmp_path):
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "text.wav").write_text("la la")
+    (tmp_path / "out.wav").write_text("precious")
+    write_song(tmp_path / "full.wav", 16_000)
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
+    if ".pt" in flags:
+        changed(tiny_run, tmp_path / "ar.pt", model_config__objective="ar")
+        changed(tiny_run, tmp_path / "other.pt", codec_id="another")
+    before = sorted(os.listdir(tmp_path))
+    assert_one_line(call(sample, "a flute", "--model", tiny_run, *FEW_STEPS, *flags.split()), WRONG[flags])
+    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "out.wav").read_text() == "precious"
+
+
+def test_sample_says_that_out_cannot_be_written_before_the_model_is_loaded(call, tmp_path, monkeypatch):
+    monkeypatch.delattr(sample, "load_model")
+    assert_one_line(call(sample, "a flute", "--out", "/proc/x.wav"), "/proc/x.wav: cannot be written")
+
+
+NAN = torch.full((32,), torch.nan)
+DAMAGE = {  # what is wrong in a checkpoint's config and weights: what the line names
+    "a setting of another version": ({"model_config__colour": "red", "config__colour": "red"}, "colour"),
+    "a number as text": ({"model_config__dim": "32", "config__dim": "32"}, "dim must be"),
+    "a size that is no number": ({"model_config__seconds": float("nan"), "config__seconds": float("nan")}, "seconds"),
+    "terabytes": ({"model_config__dim": 1 << 40, "config__dim": 1 << 40}, "dim must be"),
+    "another shape": ({"model_config__n_layers": 3, "model__more": NAN}, "tensor"),
+    "a config in a list": ({"model_config": [1], "config": [1]}, ""),
+    "weights in a list": ({"ema": [1.0], "model": [1.0]}, "not plain tensors"),
+    "weights that are no tensors": ({"ema__out_norm.bias": 1, "model__out_norm.bias": 1}, "not plain tensors"),
+    "weights that are not finite": ({"ema__out_norm.bias": NAN, "model__out_norm.bias": NAN}, "not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_sample_and_resume_name_a_checkpoint_that_does_not_hold_what_it_should(
+        kind, call, tiny_run, train_tiny, tmp_path):
+    changes, word = DAMAGE[kind]
+    path = changed(tiny_run, tmp_path / "checkpoint.pt", **changes)
+    assert_one_line(call(sample, "a flute", "--model", path), "checkpoint.pt", word)
+    assert_one_line(call(train, "--out", tmp_path, "--resume", "--cache", train_tiny.cache), "checkpoint.pt", word)
+
+
+def test_sample_and_resume_notice_one_flipped_bit(call, tiny_run, train_tiny, tmp_path):
+    content = bytearray((tiny_run / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 16
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    assert_one_line(call(sample, "a flute", "--model", tmp_path), "checkpoint.pt", "fails its checksum")
+    assert_one_line(call(train, "--out", tmp_path, "--resume"), "checkpoint.pt", "fails its checksum")

@@ -106,6 +106,7 @@ def test_attention_scores_of_new_weights_have_unit_scale_without_scaling():
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+@pytest.mark.of("T5Encoder")
 def test_layers_of_new_weights_keep_the_scale_and_all_are_trained(kind):
     torch.manual_seed(0)
     encoder, outputs = T5Encoder(T5Config(500, 64, 16, 128, 4, 4, feed_forward_proj=kind)), []

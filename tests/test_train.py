@@ -643,6 +643,7 @@ def test_train_learns_a_few_clips_by_heart(train_tiny, tmp_path):
     assert sum(curve[-20:]) / 20 < 0.5 * sum(curve[:5]) / 5
 
 
+@pytest.mark.of("hybrid_cross_entropy")
 def test_a_hybrid_that_learned_two_clips_by_heart_plays_them_in_every_way(generator, make_magnet):
     """From left to right, in parallel, and first the one, then the other: the loss and the decoding fit each other."""
     codes = torch.randint(16, (2, 2, 10), generator=generator)

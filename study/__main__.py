@@ -12,21 +12,75 @@
     python -m study map [--check | --write]   the paper's parts, their functions and tests
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 from study import ROOT
-from support.cli import Parser, run
+from study.paper import paper_map
+from support.cli import Parser, run, say
 
-COMMANDS = ("list", "start", "check", "hint", "show", "play", "train", "mistakes", "watch", "map")
+
+def listing(folder):
+    from study.exercises import EXERCISES, state
+
+    say("The exercises, in reading order; study/README.md leads through them.\n")
+    for exercise in EXERCISES.values():
+        say(f"{exercise.number:3}  {exercise.name:26} {exercise.place:22} {state(exercise, folder)}")
+
+
+def with_mine(folder, module, arguments):
+    """Run the command of a module with all of mine in place."""
+    import importlib
+
+    from study.mine import begun, plant
+
+    plant(folder)
+    names = ", ".join(exercise.name for exercise in begun(folder)) or "nothing"
+    print(f"with yours in place of ours: {names}", file=sys.stderr)
+    sys.argv = [f"{module}.py", *arguments]
+    importlib.import_module(module).main()
 
 
 def main():
-    parser = Parser(prog="python -m study", description=__doc__, formatter_class=__import__("argparse").RawTextHelpFormatter)
-    parser.add_argument("--my", type=Path, default=ROOT / "my", help="folder of your functions (default: my)")
-    parser.add_argument("command", nargs="?", default="list", choices=COMMANDS, help="see above")
-    ours, rest = parser.parse_known_args(sys.argv[1:2])
-    print(ours, rest)
+    """Parse the command; what follows play, train and watch is for the commands that they run."""
+    parser = Parser(prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--my", type=Path, default=ROOT / "my", help="the folder of your functions (default: my)")
+    parser.add_argument("--check", action="store_true", help="of map: say what is stale or missing")
+    parser.add_argument("--write", action="store_true", help="of map: write the README's table and list")
+    parser.add_argument("command", nargs="?", default="list", choices=(
+        "list", "start", "check", "hint", "show", "play", "train", "mistakes", "watch", "map"), metavar="COMMAND")
+    parser.add_argument("names", nargs=argparse.REMAINDER, metavar="...", help="what the command takes")
+    args = parser.parse_args()
+    command, names, folder = args.command, args.names, args.my.resolve()
+    if command == "list":
+        listing(folder)
+    elif command == "map":
+        more = parser.parse_args(["map", *names]) if not names else None
+        paper_map(args.write or "--write" in names, args.check or "--check" in names)
+    elif command in ("play", "train"):
+        with_mine(folder, {"play": "sample", "train": "train"}[command], names)
+    elif command == "watch":
+        from study.watch import watch
+        watch(names)
+    elif command == "mistakes":
+        from study.mistakes import plant_all
+        sys.exit(plant_all(names))
+    else:
+        from study import exercises
+        chosen = [exercises.find(name) for name in names]
+        if command == "check":
+            from study.check import check_all
+            sys.exit(0 if check_all(names, folder) else 1)
+        if not chosen:
+            raise ValueError(f"{command} which exercise? python -m study lists them")
+        for exercise in chosen:
+            if command == "start":
+                exercises.start(exercise, folder)
+            elif command == "hint":
+                exercises.hint(exercise, folder)
+            else:
+                print(exercises.source(exercise.function))
 
 
 if __name__ == "__main__":

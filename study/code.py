@@ -7,6 +7,7 @@ in the file named after its module, or of those that its marker `@pytest.mark.of
 import ast
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from study import MODULES, ROOT
 
@@ -56,6 +57,7 @@ def snake(name):
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
+@lru_cache
 def functions(root=ROOT):
     """{"module.name": Function} in the order of the source, with the tests that speak of each."""
     found = {}
@@ -71,6 +73,10 @@ def functions(root=ROOT):
         for test, marked in tests_in(root, module):
             for function in subjects(found, module, test, marked):
                 function.tests.append(test)
+    for name, function in found.items():  # what is said of a module of the network is said of its forward pass
+        if name.endswith(".forward"):
+            function.tests[:0] = [test for test in found[name.removesuffix(".forward")].tests
+                                  if test not in function.tests]
     return found
 
 
@@ -78,10 +84,12 @@ def tests_in(root, module):
     """The tests of a module's file, and the names in the marker `of` of each."""
     path = root / "tests" / f"test_{module}.py"
     source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            marks = [mark for mark in node.decorator_list if ast.unparse(mark).startswith("pytest.mark.of(")]
-            text = ast.get_source_segment(source, node)
+            marks = [mark for mark in node.decorator_list
+                     if isinstance(mark, ast.Call) and getattr(mark.func, "attr", "") == "of"]
+            text = "\n".join(lines[node.lineno - 1:node.end_lineno])
             is_reference = bool(re.search(r"\bDATA\b|golden|_tiny\b|published\(", text))
             yield (Test(path.name, node.name, ast.get_docstring(node) or "", is_reference),
                    [arg.value for mark in marks for arg in mark.args])

@@ -16,7 +16,7 @@ from torch import nn
 from masking import causal_attention_mask, delay_codes, undelay
 from support.audiocraft import read_settings
 from support.cli import Config, option
-from support.files import Companions, NoInit, check_tensors, load_strictly, read_checkpoint
+from support.files import Companions, NoInit, check_tensors, load_strictly, located, read_checkpoint
 from support.hub import beside, fetch, rename
 
 OBJECTIVES = ("magnet", "ar", "hybrid")
@@ -301,7 +301,8 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
         else:
             config = ModelConfig(**content["model_config"])
             state, scales = content["ema"], content.get("scales")
-            companions = Companions(**{key: content[key] for key in vars(Companions("", "")) if key in content})
+            known = {key: content[key] for key in vars(Companions("", "")) if key in content}
+            companions = Companions(**located(known, path.parent))
         with torch.device("meta"), NoInit():
             model = MAGNeT(config)
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, ValueError) as error:

@@ -33,8 +33,7 @@ from masking import (
 from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
 from support.data import Entry, load_data
-from support.files import Companions, fingerprint, load_strictly, read_checkpoint
-from support.hub import make_config
+from support.files import Companions, fingerprint, load_strictly, located, read_checkpoint
 from support.training import Processes, Run, unwrapped
 from t5_encoder import T5Encoder
 
@@ -294,7 +293,10 @@ def read_settings(args, flags):
         if not checkpoint.is_file():
             raise ValueError(f"--resume: there is no {checkpoint}")
         state, source = read_checkpoint(checkpoint, STATE_KEYS), "--resume"
-        base = make_config(TrainConfig, state["config"], checkpoint)
+        try:
+            base, _ = TrainConfig(**located(state["config"], flags.out)), ModelConfig(**state["model_config"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{checkpoint}: its config is not one of this version ({error})") from error
         fixed = vars(base).keys() - {"data", "codec", "text_encoder"}  # these may have moved; their content is checked
     elif checkpoint.exists():
         raise ValueError(f"{flags.out} holds a run already: give --resume, or another --out")
@@ -359,6 +361,7 @@ def main():
     flags = from_flags(args, RunConfig())
     config, state = read_settings(args, flags)
     processes = Processes(pick_device(flags.device))
+    processes.claim(flags.out)
     device, world = processes.device, processes.world
     if config.batch_size % (world * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
@@ -367,7 +370,7 @@ def main():
     if not sum(config.stage_weights[:codec.n_codebooks]):
         raise ValueError(f"--stage-weights {config.stage_weights}: trains none of {codec.n_codebooks} codebooks")
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
-    before = {key: state[key] for key in ("codec_id", "text_encoder_id", "sampling") if key in state}
+    before = {key: state[key] for key in ("codec_id", "text_encoder_id", "data_id", "sampling") if key in state}
     companions = Companions(config.codec, config.text_encoder, **before)
     companions.check(codec, encoder)
     companions.codec_id, companions.text_encoder_id = fingerprint(codec), fingerprint(encoder)
@@ -376,10 +379,13 @@ def main():
     say(f"{len(clips)} training clips and {len(valid_clips)} validation clips of {config.seconds:g} s")
     if flags.only_encode:
         return
+    if flags.resume and companions.data_id not in ("", clips.fingerprint):
+        raise ValueError(f"--resume: {config.data} has changed since the run began; start a new run with --init-from")
+    companions.data_id = clips.fingerprint
     torch.manual_seed(config.seed)
     model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)
     if state:
-        load_strictly(model, state["model"], flags.init_from or flags.out)
+        load_strictly(model, state["model"], Path(flags.out, "checkpoint.pt") if flags.resume else flags.init_from)
     this_run = Run(flags, config, model, companions, processes, validate, VALIDATED[config.objective], valid_clips,
                    state if flags.resume else None)
     if processes.rank == 0:

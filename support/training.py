@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support.cli import DTYPES, pick_dtype, say
-from support.files import load_strictly, save_whole, whole_file
+from support.files import load_strictly, portable, save_whole, whole_file
 
 
 class Processes:
@@ -44,6 +45,16 @@ class Processes:
         if self.world > 1 and self.rank == 0:
             dist.barrier()
 
+    def claim(self, folder):
+        """Lock the folder of a run until this process ends. ValueError: another one trains there."""
+        if self.rank == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(Path(folder, ".lock"))
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout as error:
+                raise ValueError(f"{folder}: another process trains there") from error
+
     def wrap(self, model):
         """The model, its gradients averaged over the processes."""
         return DistributedDataParallel(model, find_unused_parameters=True) if self.world > 1 else model
@@ -67,6 +78,8 @@ class Processes:
         return tensor.item()
 
     def close(self):
+        if self.rank == 0:
+            self.lock.release()
         if self.world > 1:
             dist.destroy_process_group()
 
@@ -172,7 +185,8 @@ class Run:
             if not all(weight.isfinite().all() for weight in self.model.parameters()):
                 raise ValueError(f"step {step}: training diverged, weights are not finite; the last checkpoint is kept")
             save_whole({
-                "config": asdict(self.config), "model_config": asdict(self.model.config), **asdict(self.companions),
+                "config": portable(asdict(self.config), self.flags.out), "model_config": asdict(self.model.config),
+                **portable(asdict(self.companions), self.flags.out),
                 "step": step, "model": self.model.state_dict(), "ema": self.ema.state_dict(), "losses": self.losses,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "rng": random_states(self.generator, self.processes.device)}, self.path)

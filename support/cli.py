@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import os
 import signal
 import sys
@@ -43,7 +42,7 @@ class Config:
                 isinstance(x, accepted) and (kind is bool or not isinstance(x, bool)) for x in values)
             if right and kind in (int, float):
                 low, high, above = limits["low"], limits["high"], limits["above"]
-                right = all(abs(x) < math.inf and (low is None or x >= low) and (high is None or x <= high)
+                right = all(abs(x) <= sys.float_info.max and (low is None or x >= low) and (high is None or x <= high)
                             and (above is None or x > above) for x in values)
             if not right or limits["choices"] and value not in limits["choices"]:
                 bounds = [f"{word} {limits[name]:,}" for name, word in

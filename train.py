@@ -34,7 +34,6 @@ from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
 from support.data import Entry, load_data
 from support.files import Companions, fingerprint, load_strictly, read_checkpoint
-from support.hub import make_config
 from support.training import Processes, Run, unwrapped
 from t5_encoder import T5Encoder
 
@@ -294,7 +293,10 @@ def read_settings(args, flags):
         if not checkpoint.is_file():
             raise ValueError(f"--resume: there is no {checkpoint}")
         state, source = read_checkpoint(checkpoint, STATE_KEYS), "--resume"
-        base = make_config(TrainConfig, state["config"], checkpoint)
+        try:
+            base, _ = TrainConfig(**state["config"]), ModelConfig(**state["model_config"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{checkpoint}: its config is not one of this version ({error})") from error
         fixed = vars(base).keys() - {"data", "codec", "text_encoder"}  # these may have moved; their content is checked
     elif checkpoint.exists():
         raise ValueError(f"{flags.out} holds a run already: give --resume, or another --out")
@@ -379,7 +381,7 @@ def main():
     torch.manual_seed(config.seed)
     model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)
     if state:
-        load_strictly(model, state["model"], flags.init_from or flags.out)
+        load_strictly(model, state["model"], Path(flags.out, "checkpoint.pt") if flags.resume else flags.init_from)
     this_run = Run(flags, config, model, companions, processes, validate, VALIDATED[config.objective], valid_clips,
                    state if flags.resume else None)
     if processes.rank == 0:

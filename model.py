@@ -16,8 +16,8 @@ from torch import nn
 from masking import causal_attention_mask, delay_codes, undelay
 from support.audiocraft import read_settings
 from support.cli import Config, option
-from support.files import Companions, NoInit, check_tensors, load_strictly, located, read_checkpoint
-from support.hub import beside, fetch, rename
+from support.files import Companions, NoInit, load_strictly, located, read_checkpoint, rename
+from support.hub import beside, fetch
 
 OBJECTIVES = ("magnet", "ar", "hybrid")
 
@@ -272,7 +272,7 @@ TOY_MODELS = {"toy": "magnet.pt", "toy-ar": "ar.pt", "toy-hybrid": "hybrid.pt"} 
 PUBLISHED_MODELS = tuple(f"facebook/{name}" for name in (
     "magnet-small-10secs", "magnet-medium-10secs", "magnet-small-30secs", "magnet-medium-30secs", "audio-magnet-small",
     "audio-magnet-medium", "musicgen-small", "musicgen-medium", "musicgen-large"))
-TENSOR_NAMES = (  # ours -> AudioCraft's, see `support.hub.rename`
+TENSOR_NAMES = (  # ours -> AudioCraft's, see `support.files.rename`
     ("text_proj", "condition_provider.conditioners.description.output_proj"), ("blocks", "transformer.layers"),
     ("cross_attn.out", "cross_attention.out_proj"), ("self_attn.qkv.weight", "self_attn.in_proj_weight"),
     ("self_attn.out", "self_attn.out_proj"), ("heads", "linears"), ("cross_attn.q.", "cross_attention.in_proj_"))
@@ -295,7 +295,7 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
                          f"state_dict.bin or its folder, or one of {', '.join((*TOY_MODELS, *PUBLISHED_MODELS))}")
     content = read_checkpoint(path)
     try:
-        if isinstance(content, dict) and "best_state" in content:
+        if "best_state" in content:
             config, state, companions = read_audiocraft(content, path)
             scales = None
         else:
@@ -316,7 +316,7 @@ def read_audiocraft(content, path):
     """What a published `state_dict.bin` holds: (ModelConfig, state dict with our names, Companions)."""
     settings, folder = read_settings(content["xp.cfg"], path), path.parent
     ours = [(published, name) for name, published in TENSOR_NAMES]
-    state = {rename(name, ours): tensor for name, tensor in check_tensors(content["best_state"], path).items()}
+    state = {rename(name, ours): tensor for name, tensor in content["best_state"].items()}
     for name in [name for name in state if name.endswith("cross_attn.q.weight")]:  # q, k and v stacked: q is apart here
         stacked = state[name]
         state[name], state[name.replace(".q.", ".kv.")] = stacked.tensor_split([len(stacked) // 3])

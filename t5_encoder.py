@@ -8,7 +8,7 @@ sound-effect models t5-large; v1.0 (ReLU) and v1.1 / Flan (gated GELU) are both 
     embeddings, mask = encoder.encode_text(["80s electronic track", ""])  # (2, L, 768), (2, L)
 
 What sets T5 apart from the transformer of 2017: no position embeddings but a learned bias on the attention scores that
-depends on the distance alone; RMSNorm before each sub-layer; no bias terms; attention scores that are not scaled.
+depends on the distance alone; RMSNorm before each sub-layer (x / rms(x) * weight: no mean, no bias); no bias terms; attention scores that are not scaled.
 
 Letters: B batch, L text tokens, C width, H heads, D width of a head. Left out: the decoder, the language-model head and
 dropout (the encoder is frozen in use).
@@ -25,14 +25,14 @@ from torch import nn
 
 from support.cli import Config, option
 from support.files import NoInit, load_strictly, read_checkpoint
-from support.hub import WEIGHTS, fetch, make_config, present, read_json, rename
+from support.hub import WEIGHTS, fetch, make_config
 
 TOY_ENCODER = Path(__file__).parent / "toy" / "weights" / "text"
 CONFIG, TOKENIZER = "config.json", "spiece.model"  # the files of an encoder's folder, beside its weights
 PAD_ID, EOS_ID, MAX_TOKENS = 0, 1, 512
 REPOSITORIES = {name: f"{'google' if name.startswith('flan') else 'google-t5'}/{name}" for name in (
     "t5-small", "t5-base", "t5-large", "flan-t5-small", "flan-t5-base", "flan-t5-large")}
-TENSOR_NAMES = (  # ours -> published, see `support.hub.rename`
+TENSOR_NAMES = (  # ours -> published, see `support.files.rename`
     ("embed.", "shared."),
     ("relative_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
     ("blocks.", "encoder.block."),
@@ -79,18 +79,6 @@ def relative_buckets(distance, num_buckets=32, max_distance=128):
     return torch.where(far < exact, far, coarse) + half * (distance > 0).long()
 
 
-class RMSNorm(nn.Module):
-    """(..., C) -> (..., C): divide by the root mean square over the width; no mean is subtracted, no bias added."""
-
-    def __init__(self, width, epsilon):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
-
-
 class Attention(nn.Module):
     """Self-attention with scores q . k + bias: the usual 1 / sqrt(D) is folded into the initial weights of q."""
 
@@ -135,9 +123,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.attention_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, bias):
@@ -158,7 +146,7 @@ class T5Encoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
-        self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.final_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
         for name, weight in self.named_parameters():  # as T5 is initialised; the norms' weights stay 1
             if name.endswith(".q.weight"):
                 nn.init.normal_(weight, std=(config.d_model * config.d_kv) ** -0.5)
@@ -242,7 +230,9 @@ class T5Encoder(nn.Module):
             if repository is None or name not in (repository, repository.split("/")[-1]):
                 raise ValueError(f"text encoder {name!r} is neither a local path nor toy, {', '.join(REPOSITORIES)}")
             path = fetch(repository, WEIGHTS, CONFIG, TOKENIZER)
-        folder, weights = (path, present(path, WEIGHTS)) if path.is_dir() else (path.parent, path)
+        folder = path if path.is_dir() else path.parent
+        weights = next((folder / name for name in WEIGHTS.split("|") if (folder / name).is_file()), None)
+        weights = path if path.is_file() else weights
         if weights is None or not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder}: a text encoder's folder must hold {CONFIG} and "
                                     f"{' or '.join(WEIGHTS.split('|')[::2])}")
@@ -252,8 +242,6 @@ class T5Encoder(nn.Module):
         if same is not None:
             state.setdefault("shared.weight", same)
         with torch.device("meta"), NoInit():  # weights that are replaced at once need neither memory nor a start
-            encoder = cls(make_config(T5Config, read_json(folder / CONFIG), folder / CONFIG), folder / TOKENIZER)
-        ours = {rename(name, TENSOR_NAMES): name for name in encoder.state_dict()}
-        state = {ours.get(name, name): tensor for name, tensor in state.items()}
-        load_strictly(encoder, state, weights, torch.float32)
+            encoder = cls(make_config(T5Config, read_checkpoint(folder / CONFIG), folder / CONFIG), folder / TOKENIZER)
+        load_strictly(encoder, state, weights, torch.float32, names=TENSOR_NAMES)
         return encoder

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-
 from cli import identities, save_whole
+
 from encodec_wrap import load_codec
 from experiments import compare
 from experiments.ablations import read_rows

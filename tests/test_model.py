@@ -459,12 +459,12 @@ BAD_FILES = {  # name: (content, what the message says)
     "heads that do not share the width": (with_settings("num_heads: 4", "num_heads: 5"), "dim must be even"),
     "a text encoder": (lambda: read("t5_tiny_pytorch_model.bin"), "it lacks 'model_config'"),
     "a codec": (lambda: read("encodec16k_audiocraft_tiny_compression_state_dict.bin"), "is not the checkpoint"),
-    "a list": (lambda: [1, 2], "is not the checkpoint of a MAGNeT"),
+    "a list": (lambda: [1, 2], "it holds a list"),
     "weights that are none": (lambda: {"model_config": {}, "ema": {"a": 3}, "codec": "", "text_encoder": ""},
                               "not plain tensors"),
     "a checkpoint without a codec": (lambda: {"model_config": {}, "ema": {}, "text_encoder": ""}, "'codec'"),
     "a config of another version": (lambda: {"model_config": {"n_experts": 8}, "ema": {}}, "'n_experts'"),
-    "code": (lambda: {"best_state": RunsCode(), "xp.cfg": ""}, "cannot be read as a checkpoint"),
+    "code": (lambda: {"best_state": RunsCode(), "xp.cfg": ""}, "cannot be read"),
 }
 
 

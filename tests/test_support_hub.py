@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 import support.cli
 from support.cli import Config, option
-from support.files import read_checkpoint
-from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, read_json, read_yaml, rename
+from support.files import read_checkpoint, rename
+from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, read_yaml
 
 NAME = "google-t5/some-model"
 
@@ -175,10 +175,10 @@ def test_read_yaml_names_the_file_of_a_text_that_is_no_settings(text):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b"[" * 100_000])
-def test_read_json_names_a_file_that_is_no_settings(content, tmp_path):
+def test_read_checkpoint_names_a_file_that_is_no_settings(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match="config.json: "):
-        read_json(tmp_path / "config.json")
+        read_checkpoint(tmp_path / "config.json")
 
 
 @dataclass

@@ -144,6 +144,7 @@ class Failure:
 
     claim: str
     told: str
+    is_reference: bool = False
 
 
 class Examples(doctest.DocTestRunner):
@@ -210,7 +211,8 @@ class Collector:
         report = (yield).get_result()
         name = f"tests/{item.path.name}::{item.originalname}"
         if report.failed and not self.results.get(name):
-            self.results[name] = Failure(words(self.tests[name], item), self.tell(call.excinfo, self.tests[name]))
+            test = self.tests[name]
+            self.results[name] = Failure(words(test, item), self.tell(call.excinfo, test), test.is_reference)
         elif report.passed and report.when == "call":
             self.results.setdefault(name, None)
 

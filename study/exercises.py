@@ -21,8 +21,8 @@ PATH = {  # name: the function; those with a dot are methods
     "positions": "model.positions", "attention": "model.attention",
     "restricted_attention_mask": "masking.restricted_attention_mask", "local_attention": "model.local_attention",
     "block": "model.Block.forward", "relative_buckets": "t5_encoder.relative_buckets",
-    "rms_norm": "t5_encoder.RMSNorm.forward", "t5_attention": "t5_encoder.Attention.forward",
-    "t5_feed_forward": "t5_encoder.FeedForward.forward",
+    "t5_attention": "t5_encoder.Attention.forward", "t5_feed_forward": "t5_encoder.FeedForward.forward",
+    "t5_block": "t5_encoder.Block.forward",
     **{name: f"sample.{name}" for name in (
         "guidance_scale", "guided_logits", "annealed_temperature", "nucleus", "draw", "span_confidence",
         "hide_nonoverlapping", "spans_to_hide", "decode_stage", "rescored")},
@@ -30,8 +30,8 @@ PATH = {  # name: the function; those with a dot are methods
     "decode_autoregressively": "sample.decode_autoregressively",
     "hybrid_attention_mask": "masking.hybrid_attention_mask",
 }
-PLACES = {"positions": "as released", "relative_buckets": "T5", "rms_norm": "T5", "t5_attention": "T5",
-          "t5_feed_forward": "T5", "draw": "Sec. 3.3", "block": "Sec. 2"}  # where the docstring has no tag
+PLACES = {"positions": "as released", "relative_buckets": "T5", "t5_attention": "T5",
+          "t5_feed_forward": "T5", "t5_block": "T5", "draw": "Sec. 3.3", "block": "Sec. 2"}  # where the docstring has no tag
 
 
 @dataclass
@@ -73,6 +73,12 @@ def read_exercises():
 
 
 EXERCISES = read_exercises()
+
+
+def examples_of(name):
+    """The examples about a function, exercise or not: of "module.name", from the book."""
+    section = next((exercise for exercise, function in PATH.items() if function == name), name)
+    return read_book().get(section, ([], []))[0]
 
 
 def find(name):

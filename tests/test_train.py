@@ -35,7 +35,7 @@ from masking import causal_attention_mask, delay_codes, hybrid_attention_mask, s
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate
 from support.data import Clips
-from support.request import Request, window_size
+from support.request import windows
 from t5_encoder import T5Encoder
 from train import (
     LOSSES,
@@ -560,7 +560,7 @@ MODEL = {  # the same of a model; the weights are those of the default model whe
     "text_len": (9, lambda model: model(*FRAMES).amax(dim=2)[0].tolist(), OTHERS),
     "context": (2, reach, 9),  # two frames on each side in each of two layers
     "span_len": (5, lambda model: int(decode(model)[19]["hidden"].sum()), 5),  # the last step hides one span
-    "seconds": (0.3, lambda model: window_size(Request(), model.config.seconds, 50.0)[0], 15),
+    "seconds": (0.3, lambda model: windows(torch.zeros(99).bool(), model.config.seconds, None, 50.0)[0].stop, 15),
     "dropout": (1.0, lambda model: model.train().blocks[0](x := torch.eye(32)[None]).equal(x), True),
     "objective": ("ar", lambda model: "position" in decode(model)[0], True),
 }

@@ -46,8 +46,6 @@ def main():
     """Parse the command; what follows play, train and watch is for the commands that they run."""
     parser = Parser(prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--my", type=Path, default=ROOT / "my", help="the folder of your functions (default: my)")
-    parser.add_argument("--check", action="store_true", help="of map: say what is stale or missing")
-    parser.add_argument("--write", action="store_true", help="of map: write the README's table and list")
     parser.add_argument("command", nargs="?", default="list", choices=(
         "list", "start", "check", "hint", "show", "play", "train", "mistakes", "watch", "map"), metavar="COMMAND")
     parser.add_argument("names", nargs=argparse.REMAINDER, metavar="...", help="what the command takes")
@@ -56,8 +54,7 @@ def main():
     if command == "list":
         listing(folder)
     elif command == "map":
-        more = parser.parse_args(["map", *names]) if not names else None
-        paper_map(args.write or "--write" in names, args.check or "--check" in names)
+        paper_map("--write" in names, "--check" in names)
     elif command in ("play", "train"):
         with_mine(folder, {"play": "sample", "train": "train"}[command], names)
     elif command == "watch":

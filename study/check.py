@@ -46,8 +46,8 @@ def draw(value):
         if small and value.dim() <= 3:
             text = str(value.detach().int() if value.dtype == torch.bool else value.detach()).replace("tensor(", "")
             return text.rstrip(")").replace(",\n" + " " * 7, ",\n") + f"   {shape}"
-        finite = value.isfinite().all() and value.numel()
-        span = f", from {value.min().item():.4g} to {value.max().item():.4g}" if finite and value.dtype != torch.bool else ""
+        has_range = value.numel() and value.dtype != torch.bool and value.isfinite().all()
+        span = f", from {value.min().item():.4g} to {value.max().item():.4g}" if has_range else ""
         return f"{str(value.dtype).replace('torch.', '')} {shape}{span}"
     if isinstance(value, torch.nn.Module):
         return f"a {type(value).__name__}"

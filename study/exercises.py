@@ -30,8 +30,9 @@ PATH = {  # name: the function; those with a dot are methods
     "decode_autoregressively": "sample.decode_autoregressively",
     "hybrid_attention_mask": "masking.hybrid_attention_mask",
 }
-PLACES = {"positions": "as released", "relative_buckets": "T5", "t5_attention": "T5",
-          "t5_feed_forward": "T5", "t5_block": "T5", "draw": "Sec. 3.3", "block": "Sec. 2"}  # where the docstring has no tag
+PLACES = {  # of those whose docstring has no tag
+    "positions": "as released", "relative_buckets": "T5", "t5_attention": "T5", "t5_feed_forward": "T5",
+    "t5_block": "T5", "draw": "Sec. 3.3", "block": "Sec. 2"}
 
 
 @dataclass

@@ -109,7 +109,7 @@ MISTAKES = [Mistake(*fields) for fields in (
     ("post-norm", "model.Block.forward", "x = x + self.dropout(self.self_attn(self.norm1(x), mask, context, cache))",
      "x = self.norm1(x + self.dropout(self.self_attn(x, mask, context, cache)))",
      "the residual stream itself is normalised"),
-    ("another epsilon", "model.Block.__init__", "nn.LayerNorm(config.dim)", "nn.LayerNorm(config.dim, eps=1e-6)",
+    ("another epsilon", "model.Block", "nn.LayerNorm(config.dim)", "nn.LayerNorm(config.dim, eps=1e-6)",
      "LayerNorm adds 1e-5 to the variance"),
     ("one head for all", "model.MAGNeT.forward", "self.heads[stage](x)", "self.heads[-1 - stage](x)",
      "the heads of the codebooks are mixed up"),
@@ -136,10 +136,10 @@ MISTAKES = [Mistake(*fields) for fields in (
     ("bias in one layer", "t5_encoder.T5Encoder.forward", "x = block(x, bias)",
      "x, bias = block(x, bias), bias.clamp(max=0)", "every layer adds the bias of the distances"),
     # sample.py
-    ("schedule a step ahead", "sample.mask_rate", "cosine_schedule(step / steps)", "cosine_schedule((step + 1) / steps)",
-     "at first not everything is hidden"),
-    ("guidance backwards", "sample.guidance_scale", "rate * start + (1 - rate) * end", "rate * end + (1 - rate) * start",
-     "guidance is weak while much is hidden"),
+    ("schedule a step ahead", "sample.mask_rate", "cosine_schedule(step / steps)",
+     "cosine_schedule((step + 1) / steps)", "at first not everything is hidden"),
+    ("guidance backwards", "sample.guidance_scale", "rate * start + (1 - rate) * end",
+     "rate * end + (1 - rate) * start", "guidance is weak while much is hidden"),
     ("guidance by the step", "sample.decode_stage", "guidance_scale(rate,", "guidance_scale(1 - step / steps,",
      "guidance follows the mask rate, not the number of the step"),
     ("guidance once too often", "sample.guided_logits", "uncond + scale * (cond", "cond + scale * (cond",
@@ -186,7 +186,7 @@ def planted(mistake, root):
     function = functions(root)[mistake.function]
     path = root / f"{function.module}.py"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    first, last = function.node.lineno - 1, function.node.end_lineno
+    first, last = function.node.body[bool(function.docstring)].lineno - 1, function.node.end_lineno
     body = "".join(lines[first:last])
     if body.count(mistake.old) != 1:
         raise ValueError(f"mistake {mistake.name!r}: {mistake.old!r} stands {body.count(mistake.old)} times in "
@@ -196,7 +196,6 @@ def planted(mistake, root):
 
 def try_one(mistake):
     """Plant a mistake in a copy and run its function's claims -> (the first that fails, or None; is it a reference)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     with tempfile.TemporaryDirectory(prefix="magnet mistake ") as folder:
         root = Path(folder).resolve() / "repository"
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(
@@ -217,6 +216,12 @@ def try_one(mistake):
         return next(((f.claim, f.is_reference) for _, f in results if f), (None, False))
 
 
+def leave_signals():
+    """Ctrl-C is for the parent, which ends these processes without a word of theirs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def plant_all(names, processes=2):
     """Plant the mistakes named, or all, two at a time; print which claim catches each -> exit code."""
     if unknown := [name for name in names if name not in [mistake.name for mistake in MISTAKES]]:
@@ -229,13 +234,12 @@ def plant_all(names, processes=2):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     start, missed, references = time.perf_counter(), [], 0
-    with multiprocessing.get_context(kind).Pool(processes, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context(kind).Pool(processes, leave_signals, maxtasksperchild=1) as pool:
         for mistake, (claim, is_reference) in zip(chosen, pool.imap(try_one, chosen, chunksize=1), strict=True):
             missed += [mistake.name] if claim is None else []
             references += is_reference
-            say(f"{'caught' if claim else 'NOT CAUGHT'}  {mistake.name} ({mistake.function}): {mistake.idea}\n"
-                f"        {'by the reference' if is_reference else 'by'}: {claim}" if claim else
-                f"NOT CAUGHT  {mistake.name} ({mistake.function}): {mistake.idea}")
+            say(f"{'caught' if claim else 'NOT CAUGHT'}  {mistake.name} ({mistake.function}): {mistake.idea}"
+                + f"\n        {'by the reference' if is_reference else 'by'}: {claim}" * (claim is not None))
     say(f"{len(chosen) - len(missed)} of {len(chosen)} mistakes caught in {time.perf_counter() - start:.0f} s, "
         f"{references} of them by a reference only")
     return 1 if missed else 0

@@ -16,7 +16,7 @@ from torch import nn
 from masking import causal_attention_mask, delay_codes, undelay
 from support.audiocraft import read_settings
 from support.cli import Config, option
-from support.files import Companions, NoInit, load_strictly, read_checkpoint, rename
+from support.files import Companions, NoInit, load_strictly, located, read_checkpoint, rename
 from support.hub import beside, fetch
 
 OBJECTIVES = ("magnet", "ar", "hybrid")
@@ -298,7 +298,8 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
             config, state, companions = read_audiocraft(content, path)
         else:
             config, state = ModelConfig(**content["model_config"]), content["ema"]
-            companions = Companions(**{key: content[key] for key in vars(Companions("", "")) if key in content})
+            known = {key: content[key] for key in vars(Companions("", "")) if key in content}
+            companions = Companions(**located(known, path.parent))
         with torch.device("meta"), NoInit():
             model = MAGNeT(config)
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, ValueError) as error:

@@ -8,8 +8,8 @@ sound-effect models t5-large; v1.0 (ReLU) and v1.1 / Flan (gated GELU) are both 
     embeddings, mask = encoder.encode_text(["80s electronic track", ""])  # (2, L, 768), (2, L)
 
 What sets T5 apart from the transformer of 2017: no position embeddings but a learned bias on the attention scores that
-depends on the distance alone; RMSNorm before each sub-layer, which divides by the root mean square and subtracts no mean;
-no bias terms; attention scores that are not scaled.
+depends on the distance alone; before each sub-layer RMSNorm, which subtracts no mean; no bias terms; attention scores
+that are not scaled.
 
 Letters: B batch, L text tokens, C width, H heads, D width of a head. Left out: the decoder, the language-model head and
 dropout (the encoder is frozen in use).

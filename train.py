@@ -33,7 +33,7 @@ from masking import (
 from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
 from support.data import Entry, load_data
-from support.files import Companions, fingerprint, load_strictly, read_checkpoint
+from support.files import Companions, fingerprint, load_strictly, located, read_checkpoint
 from support.training import RANK, WORLD, Run, join_processes
 from t5_encoder import T5Encoder
 
@@ -292,7 +292,7 @@ def read_settings(args, flags):
             raise ValueError(f"--resume: there is no {checkpoint}")
         state, source = read_checkpoint(checkpoint, STATE_KEYS), "--resume"
         try:
-            base, _ = TrainConfig(**state["config"]), ModelConfig(**state["model_config"])
+            base, _ = TrainConfig(**located(state["config"], flags.out)), ModelConfig(**state["model_config"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint}: its config is not one of this version ({error})") from error
         fixed = vars(base).keys() - {"data", "codec", "text_encoder"}  # these may have moved; their content is checked
@@ -371,7 +371,7 @@ def main():
     if not sum(config.stage_weights[:codec.n_codebooks]):
         raise ValueError(f"--stage-weights {config.stage_weights}: trains none of {codec.n_codebooks} codebooks")
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
-    before = {key: state[key] for key in ("codec_id", "text_encoder_id", "sampling") if key in state}
+    before = {key: state[key] for key in ("codec_id", "text_encoder_id", "data_id", "sampling") if key in state}
     companions = Companions(config.codec, config.text_encoder, **before)
     companions.check(codec, encoder)
     companions.codec_id, companions.text_encoder_id = fingerprint(codec), fingerprint(encoder)
@@ -379,6 +379,9 @@ def main():
     say(f"{len(clips)} training clips and {len(valid_clips)} validation clips of {config.seconds:g} s")
     if flags.only_encode:
         return
+    if flags.resume and companions.data_id not in ("", clips.fingerprint):
+        raise ValueError(f"--resume: {config.data} has changed since the run began; start a new run with --init-from")
+    companions.data_id = clips.fingerprint
     torch.manual_seed(config.seed)
     model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)
     if state:
@@ -386,9 +389,10 @@ def main():
     this_run = Run(flags, config, model, companions, device, validate, VALIDATED[config.objective], valid_clips,
                    state if flags.resume else None)
     say(f"{model} on {device} x {WORLD}")
-    train(this_run, config, clips)
-    if WORLD > 1:
-        torch.distributed.destroy_process_group()
+    try:
+        train(this_run, config, clips)
+    finally:
+        this_run.close()
 
 
 if __name__ == "__main__":

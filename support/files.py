@@ -134,15 +134,36 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
+LOCAL = ("data", "codec", "text_encoder")  # settings that may name a file or folder
+
+
+def portable(settings, folder):
+    """Settings as a run in `folder` keeps them: files and folders that lie beside it by their place relative to it, so
+    that both can be moved, others by their absolute place. What is no place (toy, t5-base) stays."""
+    settings, base = dict(settings), Path(folder).resolve()
+    for key in LOCAL:
+        path = Path(settings.get(key, "")).resolve()
+        if settings.get(key) not in (None, "toy", "tunes") and path.exists():
+            settings[key] = os.path.relpath(path, base) if base.parent in path.parents else str(path)
+    return settings
+
+
+def located(settings, folder):
+    """The inverse of `portable`: settings with the files and folders where they are now."""
+    found = {key: str(Path(folder, settings[key])) for key in LOCAL if str(settings.get(key)).startswith(".")}
+    return dict(settings) | {key: place for key, place in found.items() if Path(place).exists()}
+
+
 @dataclass
 class Companions:
-    """What a model needs beside it: the names of its codec and text encoder, their fingerprints ("": unknown), and the
-    sampling settings that it brings along."""
+    """What a model was trained with: the names of its codec and text encoder, fingerprints of these and of its data set
+    ("": unknown), and the sampling settings that it brings along."""
 
     codec: str
     text_encoder: str
     codec_id: str = ""
     text_encoder_id: str = ""
+    data_id: str = ""
     sampling: dict = field(default_factory=dict)
 
     def check(self, codec, encoder):

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support.cli import pick_dtype, say
-from support.files import load_strictly, save_whole, whole_file
+from support.files import load_strictly, portable, save_whole, whole_file
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's processes; or alone
 
@@ -89,6 +90,13 @@ class Run:
                 self.first, self.losses = int(state["step"]), list(state.get("losses", []))
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{self.path}: is damaged and cannot be resumed from ({error!r})") from error
+        if RANK == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path.with_name(".lock"))
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout as error:
+                raise ValueError(f"{flags.out}: another process trains there") from error
 
     def steps(self):
         """The numbers of the steps to come; ends after a whole step, and a checkpoint, at Ctrl-C or SIGTERM."""
@@ -155,10 +163,18 @@ class Run:
             if not all(weight.isfinite().all() for weight in self.model.parameters()):
                 raise ValueError(f"step {step}: training diverged, weights are not finite; the last checkpoint is kept")
             save_whole({
-                "config": asdict(self.config), "model_config": asdict(self.model.config), **asdict(self.companions),
+                "config": portable(asdict(self.config), self.flags.out), "model_config": asdict(self.model.config),
+                **portable(asdict(self.companions), self.flags.out),
                 "step": step, "model": self.model.state_dict(), "ema": self.ema.state_dict(), "losses": self.losses,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "rng": random_states(self.generator, self.device)}, self.path)
+
+    def close(self):
+        """Unlock the folder, and leave the other processes."""
+        if RANK == 0:
+            self.lock.release()
+        if WORLD > 1:
+            dist.destroy_process_group()
 
 
 def random_states(generator, device):

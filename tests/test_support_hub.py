@@ -184,7 +184,7 @@ def test_read_json_names_a_file_that_is_no_settings(content, tmp_path):
 @dataclass
 class Small(Config):
     width: int = option(low=1, high=10)
-    rate: float = option(0.5)
+    rate: float = option(0.5, high=1)
 
 
 def test_make_config_takes_its_fields_and_names_file_and_field_of_a_bad_one():

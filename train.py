@@ -358,8 +358,7 @@ def load_clips(config, flags, codec, encoder, device):
 
 def main():
     parser = Parser(description="Train a MAGNeT.")
-    for config_class in (RunConfig, TrainConfig):
-        add_flags(parser, config_class)
+    add_flags(parser, RunConfig, TrainConfig)
     args = parser.parse_args()
     flags = from_flags(args, RunConfig())
     config, state = read_settings(args, flags)

@@ -60,10 +60,10 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def add_flags(parser, config_class):
-    """Give `parser` one flag for every field of a `Config`: top_p -> --top-p. What is not given is absent from the
+def add_flags(parser, *config_classes):
+    """Give `parser` one flag for every field of each `Config`: top_p -> --top-p. What is not given is absent from the
     parsed arguments, so that `from_flags` can tell it from a default."""
-    for field in dataclasses.fields(config_class):
+    for field in [field for config_class in config_classes for field in dataclasses.fields(config_class)]:
         flag, kind = field.metadata["flag"] or "--" + field.name.replace("_", "-"), field.type
         default = "" if field.default is None else f" (default: {field.default})".replace("%", "%%")
         more = {"dest": field.name, "default": argparse.SUPPRESS, "help": field.metadata["help"] + default}

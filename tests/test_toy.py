@@ -14,12 +14,12 @@ import torch
 from encodec_wrap import Codec, CodecConfig, load_codec
 from model import load_model
 from t5_encoder import T5Config, T5Encoder
-from toy.evaluate import frechet, swap_shares, swapped_prompts, wilson
+from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts, wilson
 from toy.export import main as export
 from toy.export import quantized
 from toy.judge import cross_check, load_judge
 from toy.mel import log_mel, mel_filters, mel_spectrogram
-from toy.signals import READERS, onsets, pitch
+from toy.signals import READERS, pitch
 from toy.train_codec import draw_cuts, reconstruction_losses, revive_dead_codes
 from toy.train_codec import main as train_codec
 from toy.train_text import draw_caption, read_attributes, train_tokenizer
@@ -46,11 +46,6 @@ def play(seed=0, seconds=4.0, **attributes):
     """A clip of a flute that repeats one note in the middle register, without drums, but for what is asked."""
     plain = {"instrument": "flute", "melody": "repeated", "tempo": "medium", "register": "mid", "drums": "off"}
     return render(plain | attributes, np.random.default_rng(seed), seconds)
-
-
-def power(wav):
-    """Frequencies in Hz and the power at each."""
-    return np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), np.abs(np.fft.rfft(wav)) ** 2
 
 
 def strongest_partial(wav):
@@ -104,79 +99,37 @@ def test_render_plays_the_same_attributes_differently_each_time():
     assert {25 * round(strongest_partial(play(seed, 0.5)) / 25) for seed in range(20)} == set(KEYS["mid"])
 
 
-def test_in_tune_pitches_fill_two_frames_with_whole_periods_and_no_two_notes_of_a_melody_fall_together():
-    for keys in KEYS.values():
-        for key in keys:
-            notes = [in_tune(key * 2 ** (step / 12)) for step in STEPS["rising"]]
-            assert all(2 * note / FRAME_RATE == int(2 * note / FRAME_RATE) for note in notes)
-            assert len(set(notes)) == len(notes) and notes == sorted(notes)
-
-
 def test_a_note_sounds_the_same_every_time_and_repeats_itself_every_two_frames():
-    """So that the codec can write it with the same codes again and again."""
+    """So that the codec can write it with the same codes again and again. No two notes of a melody fall together."""
     t = np.arange(8000) / SAMPLE_RATE
     for instrument in INSTRUMENTS.values():
         assert np.array_equal(*(instrument(400.0, t, 0.4) for _ in range(2)))
     wav, period = play(instrument="organ", tempo="slow"), 2 * SAMPLE_RATE // FRAME_RATE
     held = wav[round(0.2 * SAMPLE_RATE):round(0.5 * SAMPLE_RATE)]
     assert np.abs(held[period:] - held[:-period]).max() < 1e-4 * np.abs(held).max()
+    for key in sum(KEYS.values(), ()):
+        notes = [in_tune(key * 2 ** (step / 12)) for step in STEPS["rising"]]
+        assert all(2 * note / FRAME_RATE == int(2 * note / FRAME_RATE) for note in notes)
+        assert len(set(notes)) == len(notes) and notes == sorted(notes)
 
 
-@pytest.mark.parametrize("instrument", INSTRUMENTS)
-def test_render_leaves_no_sound_too_low_to_hear(instrument):
+def test_render_leaves_no_sound_too_low_to_hear():
     """A constant offset would take the room of the music and mean nothing."""
-    for register in ("mid", "high"):
-        hertz, energy = power(play(0, 2, instrument=instrument, register=register))
-        assert energy[hertz < 40].sum() < 0.02 * energy.sum(), register
-
-
-@pytest.mark.parametrize("tempo, beats", [("slow", (4, 6)), ("medium", (7, 9)), ("fast", (11, 13))])
-@pytest.mark.parametrize("melody", ["repeated", "rising"])
-def test_tempo_is_the_number_of_notes(tempo, beats, melody):
-    assert beats[0] <= len(onsets(play(0, instrument="organ", tempo=tempo, melody=melody))) <= beats[1]
-
-
-@pytest.mark.parametrize("instrument", INSTRUMENTS)
-def test_tempo_can_be_heard_from_every_instrument_with_drums(instrument):
-    def flashes(tempo):
-        """How many hits there are above 6 kHz, where mostly cymbals sound."""
-        wav = play(0, instrument=instrument, tempo=tempo, register="low", drums="on")
-        spectrum = np.fft.rfft(wav)
-        spectrum[np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE) < 6000] = 0
-        return len(onsets(np.fft.irfft(spectrum, len(wav)).astype(np.float32)))
-    slow, medium, fast = map(flashes, ATTRIBUTES["tempo"])
-    assert slow < 0.8 * medium and medium < 0.9 * fast
-
-
-@pytest.mark.parametrize("register", ["low", "mid", "high"])
-def test_register_is_the_octave_of_the_pitch(register):
-    """The strongest partial of a flute is its note, and other instruments repeat themselves at the flute's pitch."""
-    for seed in range(2):
-        note = strongest_partial(play(seed, register=register))
-        assert min(abs(note - key) for key in KEYS[register]) < 2
-        for instrument in ("flute", "lead", "chip", "organ", "pluck"):
-            heard = pitch(play(seed, instrument=instrument, register=register)[1600:4800])
-            assert heard == pytest.approx(note, rel=0.06), instrument
-
-
-def test_register_moves_all_the_partials_of_a_bell():
-    def middle(register):
-        """The frequency with half of the power below it."""
-        hertz, energy = power(play(0, 2, instrument="bell", register=register))
-        return hertz[np.searchsorted(energy.cumsum(), energy.sum() / 2)]
-    low, mid, high = map(middle, ("low", "mid", "high"))
-    assert 2 * low < mid and 2 * mid < high
-
-
-def test_drums_can_be_heard_as_noise_beside_every_instrument_and_below_a_high_melody():
-    def share(low, high, **attributes):
-        hertz, energy = power(play(0, 2, **attributes))
-        return energy[(hertz > low) & (hertz < high)].sum() / energy.sum()
     for instrument in INSTRUMENTS:
-        hiss = {drums: share(6500, 8000, instrument=instrument, register="low", drums=drums) for drums in ("on", "off")}
-        more = 1.2 if instrument == "pluck" else 5  # a plucked string begins with a burst of noise itself
-        assert hiss["on"] > more * hiss["off"] and hiss["on"] > 0.003, instrument
-    assert share(40, 150, register="high", drums="on") > 0.05 and share(40, 150, register="high") < 0.01
+        for register in ("mid", "high"):
+            wav = play(0, 2, instrument=instrument, register=register)
+            hertz, energy = np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), np.abs(np.fft.rfft(wav)) ** 2
+            assert energy[hertz < 40].sum() < 0.02 * energy.sum(), (instrument, register)
+
+
+def test_register_is_the_octave_of_the_pitch():
+    """The strongest partial of a flute is its note, and other instruments repeat themselves at the flute's pitch."""
+    for register, keys in KEYS.items():
+        note = strongest_partial(play(register=register))
+        assert min(abs(note - key) for key in keys) < 2
+        for instrument in ("flute", "lead", "chip", "organ", "pluck"):
+            heard = pitch(play(seconds=1, instrument=instrument, register=register)[1600:4800])
+            assert heard == pytest.approx(note, rel=0.06), instrument
 
 
 @pytest.mark.parametrize("melody, steps", [
@@ -187,17 +140,6 @@ def test_melody_is_the_order_of_the_pitches(melody, steps):
     starts = [int((0.03 + (i + 0.25) * beat) * SAMPLE_RATE) for i in range(5)]
     notes = [12 * np.log2(strongest_partial(wav[start:start + int(0.5 * beat * SAMPLE_RATE)])) for start in starts]
     assert np.diff(notes) == pytest.approx(steps, abs=0.7)
-
-
-def test_instruments_differ_in_their_spectrum_when_they_play_the_same_note():
-    profiles = []
-    for instrument in INSTRUMENTS:
-        mel = mel_spectrogram(torch.from_numpy(play(0, 2, instrument=instrument))[None], SAMPLE_RATE)
-        mel[:, :1] = 0  # below 40 Hz
-        profiles.append(mel.mean(dim=2)[0] / mel.mean(dim=2).norm())
-    for i, a in enumerate(profiles):
-        for j, b in enumerate(profiles):
-            assert (a @ b < 0.95) == (i != j), (list(INSTRUMENTS)[i], list(INSTRUMENTS)[j])
 
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -274,8 +216,8 @@ def test_draw_caption_gives_labels_that_are_true_of_the_caption():
     for _ in range(100):
         text, labels = draw_caption(rng)
         said = says(text)
-        for label, (name, values) in zip(labels, ATTRIBUTES.items(), strict=True):
-            assert label == (values.index(said[name]) if name in said else len(values)), text
+        assert labels == [values.index(said[name]) if name in said else len(values)
+                          for name, values in ATTRIBUTES.items()], text
 
 
 def test_train_tokenizer_writes_a_tokenizer_with_the_special_ids_of_t5(tmp_path):
@@ -297,13 +239,13 @@ def test_read_attributes_does_not_look_at_padding():
 
 # ------------------------------------------------------------------------------------------------- the codec's training
 
-@pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048])
-def test_mel_filters_cover_all_frequencies(n_fft):
-    filters = mel_filters(SAMPLE_RATE, n_fft, 64)
-    assert filters.shape == (n_fft // 2 + 1, 64) and (filters >= 0).all() and (filters <= 1).all()
-    assert (filters.sum(dim=1)[1:-1] > 0).all(), "but for 0 Hz and the Nyquist frequency, their outer edges"
-    centres = [column.argmax().item() for column in filters.T if column.any()]
-    assert centres == sorted(centres)
+def test_mel_filters_cover_all_frequencies():
+    for n_fft in (256, 2048):
+        filters = mel_filters(SAMPLE_RATE, n_fft, 64)
+        assert filters.shape == (n_fft // 2 + 1, 64) and (filters >= 0).all() and (filters <= 1).all()
+        assert (filters.sum(dim=1)[1:-1] > 0).all(), "but for 0 Hz and the Nyquist frequency, their outer edges"
+        centres = [column.argmax().item() for column in filters.T if column.any()]
+        assert centres == sorted(centres)
 
 
 def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor():
@@ -415,14 +357,17 @@ def test_every_model_that_ships_reads_the_codec_and_the_text_encoder_that_ship(n
 
 # ------------------------------------------------------------------------------------------------ judge and evaluation
 
-def test_the_judge_that_ships_knows_the_world_as_it_is():
-    """A changed world without a retrained judge would make every adherence number wrong."""
+def test_the_judge_that_ships_hears_every_attribute_of_the_world_as_it_is():
+    """From every instrument, with drums and without. A changed world without a retrained judge would make every
+    adherence number wrong."""
     rng, judge = np.random.default_rng(5), load_judge()
-    for i, instrument in enumerate(ATTRIBUTES["instrument"]):
-        rows = [row for row in combinations("train") if row["instrument"] == instrument]
-        drawn = [rows[k] for k in rng.integers(len(rows), size=8)]
-        read = judge.read(torch.stack([torch.from_numpy(render(attributes, rng)) for attributes in drawn]))
-        assert (read[:, 0] == i).float().mean() >= 0.9, instrument
+    rows = combinations("train")
+    rows = [rows[k] for k in rng.permutation(len(rows))[:60]]
+    read = judge.read(torch.stack([torch.from_numpy(render(row, rng)) for row in rows]))
+    labels = torch.stack([labels_of(row) for row in rows])
+    for k, (name, values) in enumerate(ATTRIBUTES.items()):
+        assert labels[:, k].unique().tolist() == list(range(len(values)))
+        assert (read == labels)[:, k].float().mean() >= 0.9, name
 
 
 def test_frechet_distance_of_shifted_gaussians_is_the_squared_shift():
@@ -440,10 +385,10 @@ def test_wilson_interval_holds_the_share_and_narrows_with_n():
 
 def test_plain_measures_read_tempo_register_and_melody_of_an_organ():
     """The judge is judged by what nothing was learned for."""
-    plain = {"instrument": "organ", "melody": "rising", "tempo": "medium", "register": "mid", "drums": "off"}
     for name, measure in READERS["toy"].items():
         for value in ATTRIBUTES[name]:
-            assert measure(render(plain | {name: value}, np.random.default_rng(1))) == value, (name, value)
+            wav = play(1, **{"instrument": "organ", "melody": "rising"} | {name: value})
+            assert measure(wav) == value, (name, value)
 
 
 def test_the_judge_and_the_plain_measures_agree():
@@ -451,8 +396,8 @@ def test_the_judge_and_the_plain_measures_agree():
     rows = [row for row in combinations("train") if row["drums"] == "off"]
     rows = [rows[k] for k in rng.integers(len(rows), size=32)]
     wav = torch.from_numpy(np.stack([render(row, rng) for row in rows]))
-    labels = torch.tensor([[values.index(row[name]) for name, values in ATTRIBUTES.items()] for row in rows])
-    for name, (n, (measured, heard, alike)) in cross_check(load_judge(), wav, labels).items():
+    found = cross_check(load_judge(), wav, torch.stack([labels_of(row) for row in rows]))
+    for name, (n, (measured, heard, alike)) in found.items():
         assert n >= 20 and min(measured, heard, alike) > 0.8, name
 
 

@@ -15,26 +15,19 @@ import torch
 import torch.nn.functional as F
 from conftest import DATA, drawn, random_codes, random_text
 
+import sample
 from masking import causal_attention_mask, delay_codes, hybrid_attention_mask, mask_codes, undelay
 from model import MAGNeT, load_model
 from sample import (
     SamplingConfig,
-    annealed_temperature,
     clip_streams,
     draw,
     draw_tokens,
     generate,
-    guidance_scale,
-    guided_logits,
     hide_nonoverlapping,
     hide_stride1,
-    log_odds,
-    mask_rate,
     nucleus,
-    rescored,
-    span_confidence,
     spans_to_hide,
-    with_negative,
 )
 from t5_encoder import T5Encoder
 
@@ -83,18 +76,18 @@ def odds(*probabilities):
 
 def test_mask_rate_begins_with_all_and_ends_above_zero_or_as_released_at_zero():
     """cos(pi/2 * i / s) for i = 0 .. s - 1; as released i / (s - 1). Here s = 3; a single step hides everything."""
-    assert [mask_rate(i, 3) for i in range(3)] == pytest.approx([1, math.sqrt(3) / 2, 1 / 2])
-    assert [mask_rate(i, 3, "released") for i in range(3)] == pytest.approx([1, math.sqrt(1 / 2), 0], abs=1e-6)
-    assert mask_rate(0, 1) == mask_rate(0, 1, "released") == 1
+    assert [sample.mask_rate(i, 3) for i in range(3)] == pytest.approx([1, math.sqrt(3) / 2, 1 / 2])
+    assert [sample.mask_rate(i, 3, "released") for i in range(3)] == pytest.approx([1, math.sqrt(1 / 2), 0], abs=1e-6)
+    assert sample.mask_rate(0, 1) == sample.mask_rate(0, 1, "released") == 1
 
 
 def test_guidance_scale_is_strong_while_much_is_hidden():
-    assert [guidance_scale(rate, 10, 1) for rate in (1, 0.75, 0)] == [10, 7.75, 1]
+    assert [sample.guidance_scale(rate, 10, 1) for rate in (1, 0.75, 0)] == [10, 7.75, 1]
 
 
 def test_annealed_temperature_falls_linearly_to_a_floor_above_zero():
-    assert [annealed_temperature(step, 4, 3.0) for step in range(4)] == [2.25, 1.5, 0.75, 0.01]
-    assert annealed_temperature(0, 4, 0.0) == 0.01, "softmax divides by it"
+    assert [sample.annealed_temperature(step, 4, 3.0) for step in range(4)] == [2.25, 1.5, 0.75, 0.01]
+    assert sample.annealed_temperature(0, 4, 0.0) == 0.01, "softmax divides by it"
 
 
 def test_generate_ties_guidance_to_the_mask_rate_and_not_to_the_step(make_magnet):
@@ -108,21 +101,13 @@ def test_generate_ties_guidance_to_the_mask_rate_and_not_to_the_step(make_magnet
 
 # ------------------------------------------------------------------------------------------------------------- guidance
 
-def test_with_negative_puts_a_negative_prompt_of_any_length_behind_each_prompt():
-    prompts = torch.ones(2, 3, 8), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
-    text, mask = with_negative(*prompts, (torch.full((1, 4, 8), 5.0), torch.ones(1, 4).bool()))
-    assert drawn(mask) == ["xx..", "xxx.", "xxxx", "xxxx"] and (text[2:] == 5).all()
-    text, mask = with_negative(*prompts, (torch.full((1, 2, 8), 5.0), torch.ones(1, 2).bool()))
-    assert drawn(mask) == ["xx.", "xxx", "xx.", "xx."] and (text[2:, :2] == 5).all() and not text[2:, 2:].any()
-
-
 @pytest.mark.parametrize("scale, logit, rows", [(-1.0, -2.0, 4), (0.0, 0.0, 2), (0.5, 1.0, 4), (1.0, 2.0, 2),
                                                 (3.0, 6.0, 4)])
 def test_guided_logits_go_from_the_null_condition_through_the_prompt(scale, logit, rows, make_magnet):
     """0 without the text, 2 with it. One batch of both, and of one alone where the scale leaves it alone."""
     model, seen = make_magnet(kind=Fixed, card=2).answer(2.0, 0.0), []
     model.register_forward_pre_hook(lambda model, args: seen.append(len(args[0])))
-    logits = guided_logits(model, random_codes(model, 5), 0, *random_text(model), scale)
+    logits = sample.guided_logits(model, random_codes(model, 5), 0, *random_text(model), scale)
     assert logits.shape == (2, 5, 2) and (logits[..., 0] == logit).all() and seen == [rows]
 
 
@@ -212,37 +197,29 @@ def test_draw_tokens_greedily_of_the_top_1_or_at_temperature_0_is_the_most_proba
         assert draw_tokens(logits, temperature, top_p, top_k, greedy, uniform).equal(logits.argmax(dim=-1))
 
 
-def test_clip_streams_follow_from_the_seed_and_the_number_of_the_clip():
-    def first(seed, *numbers):
-        return [stream.random() for stream in clip_streams(seed, numbers)]
-
-    assert first(7, 1, 2, 3)[2:] == first(7, 3), "clip 3 of several is not clip 3 alone"
-    assert len({*first(7, 1, 2, 3), *first(8, 1, 2, 3)}) == 6, "other clips and other seeds draw other numbers"
-
-
 # ------------------------------------------------------------------------------------------------------- choosing spans
 
 def test_log_odds_are_those_of_the_softmax_and_do_not_round_to_one(generator):
     logits, tokens = torch.randn(2, 5, 16, generator=generator), torch.randint(16, (2, 5), generator=generator)
     p = logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-    torch.testing.assert_close(log_odds(logits, tokens), (p / (1 - p)).log())
+    torch.testing.assert_close(sample.log_odds(logits, tokens), (p / (1 - p)).log())
     logits = torch.tensor([[20.0, 0.0], [30.0, 0.0]])
     assert logits.softmax(dim=-1)[:, 0].tolist() == [1, 1]
-    assert log_odds(logits, torch.tensor([0, 0])).tolist() == [20, 30]
+    assert sample.log_odds(logits, torch.tensor([0, 0])).tolist() == [20, 30]
 
 
 def test_span_confidence_is_that_of_the_most_probable_token_or_of_all_tokens_together():
     """The last span, of a clip that is no multiple of 3, is shorter. "prod" is given as -log(-log p)."""
     tokens = odds(0.1, 0.9, 0.5, 0.3, 0.2)
-    torch.testing.assert_close(span_confidence(tokens, 3, 3, "max").sigmoid(), torch.tensor([[0.9, 0.3]]))
-    torch.testing.assert_close(span_confidence(tokens, 3, 1, "max").sigmoid(), torch.tensor([[0.9, 0.9, 0.5]]))
-    products = span_confidence(tokens, 3, 3, "prod").neg().exp().neg().exp()
+    torch.testing.assert_close(sample.span_confidence(tokens, 3, 3, "max").sigmoid(), torch.tensor([[0.9, 0.3]]))
+    torch.testing.assert_close(sample.span_confidence(tokens, 3, 1, "max").sigmoid(), torch.tensor([[0.9, 0.9, 0.5]]))
+    products = sample.span_confidence(tokens, 3, 3, "prod").neg().exp().neg().exp()
     torch.testing.assert_close(products, torch.tensor([[0.1 * 0.9 * 0.5, 0.3 * 0.2]]))
 
 
 @SCORINGS
 def test_span_confidence_orders_spans_that_are_all_but_certain_or_impossible(scoring):
-    spans = span_confidence(torch.tensor([[-900.0, -800.0, -20.0, 20.0, 200.0, 800.0, 900.0]]), 1, 1, scoring)
+    spans = sample.span_confidence(torch.tensor([[-900.0, -800.0, -20.0, 20.0, 200.0, 800.0, 900.0]]), 1, 1, scoring)
     assert spans.isfinite().all() and (spans.diff() > 0).all(), "ranks tie"
 
 
@@ -387,7 +364,7 @@ class Opinion:
 def test_rescored_is_a_convex_combination_of_the_two_probabilities():
     """The weight is the rescorer's: (1 - 0.25) * 0.2 + 0.25 * 0.6 = 0.3."""
     for weight, p in ((0.0, 0.2), (0.25, 0.3), (1.0, 0.6)):
-        assert rescored(odds(0.2), torch.tensor([[0.6]]), weight).sigmoid().item() == pytest.approx(p), f"w = {weight}"
+        assert sample.rescored(odds(0.2), torch.tensor([[0.6]]), weight).sigmoid().item() == pytest.approx(p)
 
 
 def test_rescoring_asks_once_per_step_about_the_candidate_with_its_text(make_magnet):

@@ -94,21 +94,18 @@ def test_fetch_says_in_one_line_what_is_missing_and_uses_what_was_put_there_by_h
     assert fetch(NAME, "config.json", "a.bin|b.bin").resolve() == offline / NAME
 
 
-def test_fetch_names_a_file_and_a_repository_that_the_hub_has_not(local_hub):
+def test_fetch_names_a_file_and_a_repository_that_the_hub_has_not_and_asks_no_one_offline(local_hub, monkeypatch):
     put(local_hub.folder / NAME, config__json=b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+            fetch(NAME, "config.json")
+        assert local_hub.served == []
     with pytest.raises(ConnectionError, match="404.*nothing.bin") as error:
         fetch(NAME, "config.json", "nothing.bin")
     assert "config.json" not in str(error.value), "it was fetched"
     with pytest.raises(ConnectionError, match="RepositoryNotFound.*no/such/resolve/main/config.json"):
         fetch("no/such", "config.json")
-
-
-def test_fetch_asks_no_one_in_offline_mode(local_hub, monkeypatch):
-    put(local_hub.folder / NAME, config__json=b"{}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
-        fetch(NAME, "config.json")
-    assert local_hub.served == []
 
 
 def test_fetch_obeys_the_environment_variables_of_the_library(local_hub, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from encodec_wrap import Codec, CodecConfig, load_codec
 from model import load_model
 from t5_encoder import T5Config, T5Encoder
+from toy import world
 from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts, wilson
 from toy.export import main as export
 from toy.export import quantized
@@ -23,23 +24,7 @@ from toy.signals import READERS, pitch
 from toy.train_codec import draw_cuts, reconstruction_losses, revive_dead_codes
 from toy.train_codec import main as train_codec
 from toy.train_text import draw_caption, read_attributes, train_tokenizer
-from toy.world import (
-    ATTRIBUTES,
-    BEATS,
-    FRAME_RATE,
-    INSTRUMENTS,
-    KEYS,
-    SAMPLE_RATE,
-    STEPS,
-    UNSEEN_PAIRS,
-    WORDS,
-    caption,
-    combinations,
-    describe,
-    example,
-    in_tune,
-    render,
-)
+from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, WORDS, caption, combinations, describe, render
 
 
 def play(seed=0, seconds=4.0, **attributes):
@@ -57,12 +42,12 @@ def strongest_partial(wav):
 # ----------------------------------------------------------------------------------------------------------- which clip
 
 def test_example_is_the_same_clip_for_the_same_three_numbers_only():
-    wav, text, attributes = example(5, "unseen", seed=3)
-    again, same_text, same_attributes = example(5, "unseen", seed=3)
+    wav, text, attributes = world.example(5, "unseen", seed=3)
+    again, same_text, same_attributes = world.example(5, "unseen", seed=3)
     assert np.array_equal(wav, again) and (text, attributes) == (same_text, same_attributes)
     assert describe(5, "unseen", 3)[:2] == (attributes, text)
     clips = (0, "train", 0), (1, "train", 0), (0, "train", 1), (0, "valid", 0)
-    assert len({example(*clip)[0].tobytes() for clip in clips}) == 4
+    assert len({world.example(*clip)[0].tobytes() for clip in clips}) == 4
 
 
 def test_combinations_hold_every_combination_once_and_only_the_named_pairs_are_unseen():
@@ -96,26 +81,26 @@ def test_render_plays_any_attributes_at_any_length():
 
 def test_render_plays_the_same_attributes_differently_each_time():
     assert len({play(seed, 0.5).tobytes() for seed in range(8)}) == 8
-    assert {25 * round(strongest_partial(play(seed, 0.5)) / 25) for seed in range(20)} == set(KEYS["mid"])
+    assert {25 * round(strongest_partial(play(seed, 0.5)) / 25) for seed in range(20)} == set(world.KEYS["mid"])
 
 
 def test_a_note_sounds_the_same_every_time_and_repeats_itself_every_two_frames():
     """So that the codec can write it with the same codes again and again. No two notes of a melody fall together."""
     t = np.arange(8000) / SAMPLE_RATE
-    for instrument in INSTRUMENTS.values():
+    for instrument in world.INSTRUMENTS.values():
         assert np.array_equal(*(instrument(400.0, t, 0.4) for _ in range(2)))
-    wav, period = play(instrument="organ", tempo="slow"), 2 * SAMPLE_RATE // FRAME_RATE
+    wav, period = play(instrument="organ", tempo="slow"), 2 * SAMPLE_RATE // world.FRAME_RATE
     held = wav[round(0.2 * SAMPLE_RATE):round(0.5 * SAMPLE_RATE)]
     assert np.abs(held[period:] - held[:-period]).max() < 1e-4 * np.abs(held).max()
-    for key in sum(KEYS.values(), ()):
-        notes = [in_tune(key * 2 ** (step / 12)) for step in STEPS["rising"]]
-        assert all(2 * note / FRAME_RATE == int(2 * note / FRAME_RATE) for note in notes)
+    for key in sum(world.KEYS.values(), ()):
+        notes = [world.in_tune(key * 2 ** (step / 12)) for step in world.STEPS["rising"]]
+        assert all(2 * note / world.FRAME_RATE == int(2 * note / world.FRAME_RATE) for note in notes)
         assert len(set(notes)) == len(notes) and notes == sorted(notes)
 
 
 def test_render_leaves_no_sound_too_low_to_hear():
     """A constant offset would take the room of the music and mean nothing."""
-    for instrument in INSTRUMENTS:
+    for instrument in world.INSTRUMENTS:
         for register in ("mid", "high"):
             wav = play(0, 2, instrument=instrument, register=register)
             hertz, energy = np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), np.abs(np.fft.rfft(wav)) ** 2
@@ -124,7 +109,7 @@ def test_render_leaves_no_sound_too_low_to_hear():
 
 def test_register_is_the_octave_of_the_pitch():
     """The strongest partial of a flute is its note, and other instruments repeat themselves at the flute's pitch."""
-    for register, keys in KEYS.items():
+    for register, keys in world.KEYS.items():
         note = strongest_partial(play(register=register))
         assert min(abs(note - key) for key in keys) < 2
         for instrument in ("flute", "lead", "chip", "organ", "pluck"):
@@ -136,7 +121,7 @@ def test_register_is_the_octave_of_the_pitch():
     ("rising", [2, 2, 3, 2]), ("falling", [-3, -2, -3, -2]), ("arpeggio", [4, 3, 5, -5]), ("repeated", [0, 0, 0, 0])])
 def test_melody_is_the_order_of_the_pitches(melody, steps):
     """The notes of a slow flute, in semitones from one to the next; the world's tuning is up to 0.7 off."""
-    wav, beat = play(melody=melody, tempo="slow"), BEATS["slow"] / FRAME_RATE
+    wav, beat = play(melody=melody, tempo="slow"), world.BEATS["slow"] / world.FRAME_RATE
     starts = [int((0.03 + (i + 0.25) * beat) * SAMPLE_RATE) for i in range(5)]
     notes = [12 * np.log2(strongest_partial(wav[start:start + int(0.5 * beat * SAMPLE_RATE)])) for start in starts]
     assert np.diff(notes) == pytest.approx(steps, abs=0.7)
@@ -366,8 +351,8 @@ def test_the_judge_that_ships_hears_every_attribute_of_the_world_as_it_is():
     read = judge.read(torch.stack([torch.from_numpy(render(row, rng)) for row in rows]))
     labels = torch.stack([labels_of(row) for row in rows])
     for k, (name, values) in enumerate(ATTRIBUTES.items()):
-        assert labels[:, k].unique().tolist() == list(range(len(values)))
-        assert (read == labels)[:, k].float().mean() >= 0.9, name
+        for i, value in enumerate(values):
+            assert (read[:, k] == i)[labels[:, k] == i].float().mean() >= 0.9, (name, value)
 
 
 def test_frechet_distance_of_shifted_gaussians_is_the_squared_shift():

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import support.cli
 from support.cli import Config, option
 from support.files import read_checkpoint
-from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, read_json, read_yaml, rename
+from support.hub import WEIGHTS, fetch, fetch_url, make_config, read_json, read_yaml
 
 NAME = "google-t5/some-model"
 
@@ -129,15 +129,6 @@ def test_fetch_url_checks_the_hash_and_keeps_the_file(local_hub):
     assert len(local_hub.served) == 2
 
 
-def test_beside_finds_a_repository_in_the_folder_or_next_to_it(tmp_path):
-    model = tmp_path / "magnet"
-    model.mkdir()
-    assert beside(model, "facebook/encodec_32khz") == "facebook/encodec_32khz"
-    for place in (tmp_path / "encodec_32khz", model / "encodec_32khz"):
-        place.mkdir()
-        assert beside(model, "facebook/encodec_32khz") == str(place)
-
-
 # ------------------------------------------------------------------------------------------------------------- settings
 
 YAML = """\
@@ -190,7 +181,3 @@ def test_make_config_takes_its_fields_and_names_file_and_field_of_a_bad_one():
     for rate in (float("nan"), 10**400, None):
         with pytest.raises(ValueError, match="^config.json: "):
             make_config(Small, {"width": 3, "rate": rate}, "config.json")
-
-
-def test_rename_replaces_one_pair_after_another():
-    assert rename("blocks.3.q", (("blocks.", "layers."), (".q", ".query"))) == "layers.3.query"

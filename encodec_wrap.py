@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from support.cli import Config, option
-from support.files import check_tensors, load_strictly, read_checkpoint, save_whole
-from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, present, read_json, read_yaml, rename
+from support.files import load_strictly, read_checkpoint, save_whole
+from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, read_yaml
 
 
 def import_encodec():
@@ -48,12 +48,13 @@ warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarn
 TOY_CODEC = Path(__file__).parent / "toy" / "weights" / "codec.pt"
 REPOSITORY = "facebook/encodec_32khz"  # the codec of the published music models
 CODEC_FILE = "compression_state_dict.bin"  # of a published model's folder: its codec, or a pointer to REPOSITORY
+FILE_24KHZ = f"{encodec.model.ROOT_URL}encodec_24khz-d7cc33bc.th", "d7cc33bc"  # address, beginning of its SHA-256
 PIECE, CONTEXT = 512, 16  # frames worked on at once, and frames on each side of them that are thrown away again
-TENSOR_NAMES = (  # ours, which are the package's -> Hugging Face's, see `support.hub.rename`
+TENSOR_NAMES = (  # ours, which are the package's -> Hugging Face's, see `support.files.rename`
     ("coder.model.", "coder.layers."), (".convtr.convtr.", ".conv."), (".conv.conv.", ".conv."),
     ("quantizer.vq.layers.", "quantizer.layers."), ("._codebook.", ".codebook."),
 )
-NEWER_NAMES = (("parametrizations.weight.original0", "weight_g"), ("parametrizations.weight.original1", "weight_v"))
+NEWER_NAMES = (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1"))
 
 
 @dataclass(frozen=True)
@@ -154,40 +155,31 @@ def load_codec(name_or_path, n_codebooks=None, device="cpu"):
     not a codec or does not fit; ConnectionError: a download failed. Each names the file.
     """
     name, path = str(name_or_path), TOY_CODEC if name_or_path == "toy" else Path(name_or_path)
-    if name == "encodec_24khz" and not path.exists():
-        path = fetch_url(f"{encodec.model.ROOT_URL}encodec_24khz-d7cc33bc.th", "d7cc33bc")
-        config, state, n_codebooks = CODEC_24KHZ, read_checkpoint(path), n_codebooks or 4
+    if name in ("encodec_24khz", REPOSITORY) and not path.exists():
+        path = fetch(REPOSITORY, WEIGHTS, "config.json") if name == REPOSITORY else fetch_url(*FILE_24KHZ)
+    if path.is_dir():
+        path = next((path / file for file in (CODEC_FILE, *WEIGHTS.split("|")) if (path / file).is_file()), path)
+    if not path.is_file():
+        raise ValueError(f"codec {str(path)!r} is unknown: want toy, encodec_24khz, {REPOSITORY}, or a codec's file "
+                         f"or folder (with {CODEC_FILE} or {' or '.join(WEIGHTS.split('|')[::2])})")
+    content = read_checkpoint(path)
+    if "pretrained" in content:  # AudioCraft's music models name the codec of another repository
+        if content["pretrained"] != REPOSITORY:
+            raise ValueError(f"{path}: points to the codec {content['pretrained']!r:.80}; only {REPOSITORY} is known")
+        return load_codec(beside(path.parent, REPOSITORY), n_codebooks, device)
+    if "codec" in content:
+        config, state = make_config(CodecConfig, content["codec"], path), content.get("weights")
+    elif path.name == FILE_24KHZ[0].split("/")[-1]:
+        config, state, n_codebooks = CODEC_24KHZ, content, n_codebooks or 4
     else:
-        path = path if path.exists() or name != REPOSITORY else fetch(REPOSITORY, WEIGHTS, "config.json")
-        config, state, path = read_codec(path)
+        config, state = (read_audiocraft if "best_state" in content else read_hugging_face)(content, path)
     if config.n_filters * 2 ** len(config.ratios) > 4096:  # 1024 in the published ones
         raise ValueError(f"{path}: n_filters {config.n_filters}, doubled {len(config.ratios)} times, is above 4,096")
     codec = Codec(config, n_codebooks)
-    theirs = {rename(name, TENSOR_NAMES): name for name in codec.model.state_dict()}
-    state = {rename(name, NEWER_NAMES): tensor for name, tensor in check_tensors(state, path).items()}
-    load_strictly(codec.model, {theirs.get(name, name): tensor for name, tensor in state.items()}, path)
+    names = () if "codec" in content else TENSOR_NAMES
+    names += NEWER_NAMES if any("parametrizations" in str(name) for name in state or ()) else ()
+    load_strictly(codec.model, state, path, names=names)
     return codec.to(device).eval().requires_grad_(False)
-
-
-def read_codec(path):
-    """The codec in a local file or folder, of any layout -> (`CodecConfig`, tensors under our names, their file)."""
-    file = present(path, f"{CODEC_FILE}|{WEIGHTS}") if path.is_dir() else path
-    if file is None or not file.is_file():
-        raise ValueError(f"codec {str(path)!r} is unknown: want toy, encodec_24khz, {REPOSITORY}, or a codec's file "
-                         f"or folder (with {CODEC_FILE} or {' or '.join(WEIGHTS.split('|')[::2])})")
-    if file.suffix in (".safetensors", ".json"):
-        return *read_hugging_face(read_checkpoint(file), file), file
-    content = read_checkpoint(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: is not a codec file; it holds a {type(content).__name__}")
-    if "pretrained" in content:  # AudioCraft's music models name the codec of another repository
-        if content["pretrained"] != REPOSITORY:
-            raise ValueError(f"{file}: points to the codec {content['pretrained']!r:.80}; only {REPOSITORY} is known")
-        found = Path(beside(file.parent, REPOSITORY))
-        return read_codec(found if found.is_dir() else fetch(REPOSITORY, WEIGHTS, "config.json"))
-    if "codec" in content:
-        return make_config(CodecConfig, content["codec"], file), content.get("weights"), file
-    return *(read_audiocraft if "best_state" in content else read_hugging_face)(content, file), file
 
 
 def check_fixed(settings, fixed, path):
@@ -221,7 +213,7 @@ def read_hugging_face(tensors, path):
     if getattr(codebook, "ndim", 0) != 2 or getattr(bias, "ndim", 0) != 1:
         raise ValueError(f"{path}: is not a codec; it lacks the tensors of an EnCodec")
     config_path = path.with_name("config.json")
-    settings = read_json(config_path) if config_path.is_file() else {}
+    settings = read_checkpoint(config_path) if config_path.is_file() else {}
     shortcut = settings.get("use_conv_shortcut", False)
     check_fixed(settings, {
         "normalize": False, "audio_channels": 1, "norm_type": "weight_norm", "num_residual_layers": 1,

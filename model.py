@@ -16,8 +16,8 @@ from torch import nn
 from masking import causal_attention_mask, delay_codes, undelay
 from support.audiocraft import read_settings
 from support.cli import Config, option
-from support.files import Companions, NoInit, check_tensors, load_strictly, read_checkpoint
-from support.hub import beside, fetch, rename
+from support.files import Companions, NoInit, load_strictly, located, read_checkpoint, rename
+from support.hub import beside, fetch
 
 OBJECTIVES = ("magnet", "ar", "hybrid")
 
@@ -46,8 +46,7 @@ def attention(q, k, v, may_attend=None):
     """[Sec. 2] softmax(q k^T / sqrt(D)) v over the keys where `may_attend` is True; every query must have one.
 
     q: (..., T, D); k, v: (..., keys, D); may_attend: bool, broadcast to (..., T, keys). The last three lines are the
-    formula; torch's fused kernel computes the same, faster but when training on a CPU in half precision
-    (`python -m experiments.bench`).
+    formula; torch's fused kernel computes the same, faster but when training on a CPU in half precision.
     """
     if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
@@ -129,10 +128,10 @@ class CrossAttention(nn.Module):
     def forward(self, x, text, mask=None, cache=None):
         """x (B, T, C), projected text (B, L, C), mask (B, 1, 1, L) bool or None -> (B, T, C)."""
         B, T, C = x.shape
-        keys_values = None if cache is None else cache.text
+        keys_values = cache and cache.text
         if keys_values is None:
             keys_values = self.kv(text).view(B, -1, 2, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
-        if cache is not None:
+        if cache:
             cache.text = keys_values  # (2, B, H, L, D)
         q = self.q(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
         out = attention(q, *keys_values, mask)
@@ -260,8 +259,8 @@ class MAGNeT(nn.Module):
     def __repr__(self):
         c, millions = self.config, sum(p.numel() for p in self.parameters()) / 1e6
         reach = "full attention" if c.context < 0 else f"{c.context} frames of context after stage 0"
-        kind = "autoregressive" if c.objective == "ar" else f"spans of {c.span_len}, {reach}"
-        kind = f"hybrid, {kind}" if c.objective == "hybrid" else kind
+        kind = {"ar": "autoregressive", "hybrid": "hybrid, ", "magnet": ""}[c.objective]
+        kind += f"spans of {c.span_len}, {reach}" if c.objective != "ar" else ""
         return (f"MAGNeT({millions:.1f}M parameters: {c.n_layers} layers x {c.dim} wide, {c.n_heads} heads, "
                 f"{c.n_codebooks} codebooks x {c.card} entries, {kind})")
 
@@ -272,7 +271,7 @@ TOY_MODELS = {"toy": "magnet.pt", "toy-ar": "ar.pt", "toy-hybrid": "hybrid.pt"} 
 PUBLISHED_MODELS = tuple(f"facebook/{name}" for name in (
     "magnet-small-10secs", "magnet-medium-10secs", "magnet-small-30secs", "magnet-medium-30secs", "audio-magnet-small",
     "audio-magnet-medium", "musicgen-small", "musicgen-medium", "musicgen-large"))
-TENSOR_NAMES = (  # ours -> AudioCraft's, see `support.hub.rename`
+TENSOR_NAMES = (  # ours -> AudioCraft's, see `support.files.rename`
     ("text_proj", "condition_provider.conditioners.description.output_proj"), ("blocks", "transformer.layers"),
     ("cross_attn.out", "cross_attention.out_proj"), ("self_attn.qkv.weight", "self_attn.in_proj_weight"),
     ("self_attn.out", "self_attn.out_proj"), ("heads", "linears"), ("cross_attn.q.", "cross_attention.in_proj_"))
@@ -295,19 +294,18 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
                          f"state_dict.bin or its folder, or one of {', '.join((*TOY_MODELS, *PUBLISHED_MODELS))}")
     content = read_checkpoint(path)
     try:
-        if isinstance(content, dict) and "best_state" in content:
+        if "best_state" in content:
             config, state, companions = read_audiocraft(content, path)
-            scales = None
         else:
-            config = ModelConfig(**content["model_config"])
-            state, scales = content["ema"], content.get("scales")
-            companions = Companions(**{key: content[key] for key in vars(Companions("", "")) if key in content})
+            config, state = ModelConfig(**content["model_config"]), content["ema"]
+            known = {key: content[key] for key in vars(Companions("", "")) if key in content}
+            companions = Companions(**located(known, path.parent))
         with torch.device("meta"), NoInit():
             model = MAGNeT(config)
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, ValueError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: is not the checkpoint of a MAGNeT ({what})") from error
-    load_strictly(model, state, path, dtype, device, scales)
+    load_strictly(model, state, path, dtype, device, content.get("scales"))
     return model.eval().requires_grad_(False), companions
 
 
@@ -315,7 +313,7 @@ def read_audiocraft(content, path):
     """What a published `state_dict.bin` holds: (ModelConfig, state dict with our names, Companions)."""
     settings, folder = read_settings(content["xp.cfg"], path), path.parent
     ours = [(published, name) for name, published in TENSOR_NAMES]
-    state = {rename(name, ours): tensor for name, tensor in check_tensors(content["best_state"], path).items()}
+    state = {rename(name, ours): tensor for name, tensor in content["best_state"].items()}
     for name in [name for name in state if name.endswith("cross_attn.q.weight")]:  # q, k and v stacked: q is apart here
         stacked = state[name]
         state[name], state[name.replace(".q.", ".kv.")] = stacked.tensor_split([len(stacked) // 3])

@@ -25,14 +25,14 @@ from torch import nn
 
 from support.cli import Config, option
 from support.files import NoInit, load_strictly, read_checkpoint
-from support.hub import WEIGHTS, fetch, make_config, present, read_json, rename
+from support.hub import WEIGHTS, fetch, make_config
 
 TOY_ENCODER = Path(__file__).parent / "toy" / "weights" / "text"
 CONFIG, TOKENIZER = "config.json", "spiece.model"  # the files of an encoder's folder, beside its weights
 PAD_ID, EOS_ID, MAX_TOKENS = 0, 1, 512
 REPOSITORIES = {name: f"{'google' if name.startswith('flan') else 'google-t5'}/{name}" for name in (
     "t5-small", "t5-base", "t5-large", "flan-t5-small", "flan-t5-base", "flan-t5-large")}
-TENSOR_NAMES = (  # ours -> published, see `support.hub.rename`
+TENSOR_NAMES = (  # ours -> published, see `support.files.rename`
     ("embed.", "shared."),
     ("relative_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
     ("blocks.", "encoder.block."),
@@ -242,7 +242,9 @@ class T5Encoder(nn.Module):
             if repository is None or name not in (repository, repository.split("/")[-1]):
                 raise ValueError(f"text encoder {name!r} is neither a local path nor toy, {', '.join(REPOSITORIES)}")
             path = fetch(repository, WEIGHTS, CONFIG, TOKENIZER)
-        folder, weights = (path, present(path, WEIGHTS)) if path.is_dir() else (path.parent, path)
+        folder = path if path.is_dir() else path.parent
+        weights = next((folder / name for name in WEIGHTS.split("|") if (folder / name).is_file()), None)
+        weights = path if path.is_file() else weights
         if weights is None or not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder}: a text encoder's folder must hold {CONFIG} and "
                                     f"{' or '.join(WEIGHTS.split('|')[::2])}")
@@ -252,8 +254,6 @@ class T5Encoder(nn.Module):
         if same is not None:
             state.setdefault("shared.weight", same)
         with torch.device("meta"), NoInit():  # weights that are replaced at once need neither memory nor a start
-            encoder = cls(make_config(T5Config, read_json(folder / CONFIG), folder / CONFIG), folder / TOKENIZER)
-        ours = {rename(name, TENSOR_NAMES): name for name in encoder.state_dict()}
-        state = {ours.get(name, name): tensor for name, tensor in state.items()}
-        load_strictly(encoder, state, weights, torch.float32)
+            encoder = cls(make_config(T5Config, read_checkpoint(folder / CONFIG), folder / CONFIG), folder / TOKENIZER)
+        load_strictly(encoder, state, weights, torch.float32, names=TENSOR_NAMES)
         return encoder

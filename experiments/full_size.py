@@ -23,8 +23,7 @@ import yaml
 import encodec_wrap
 from encodec_wrap import CODEC_FILE, REPOSITORY, Codec, CodecConfig
 from model import TENSOR_NAMES, MAGNeT, ModelConfig
-from support.files import save_whole
-from support.hub import rename
+from support.files import rename, save_whole
 from t5_encoder import T5Config, T5Encoder
 from toy.train_text import save_pretrained
 

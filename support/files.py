@@ -55,56 +55,61 @@ def save_whole(content, path):
 
 
 def read_checkpoint(path, keys=()):
-    """A dictionary written by torch.save or in a .safetensors file, or the shards that an index (.index.json) lists.
+    """The dictionary in a file of torch.save, .safetensors or .json, or in the shards that an .index.json lists.
 
     No code in it is run, checksums are verified, and tensors stay in the file until they are used. ValueError names a
-    file that is damaged, is something else, or lacks one of `keys`.
+    file that is damaged, holds no dictionary, or lacks one of `keys`.
     """
     path, damaged = Path(path), None
     try:
-        if path.name.endswith(".index.json"):
-            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            content = {k: tensor for shard in shards for k, tensor in read_checkpoint(path.with_name(shard)).items()}
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
         elif path.suffix == ".safetensors":
             content = load_file(path)
         else:
             zipped = zipfile.is_zipfile(path)
             damaged = zipfile.ZipFile(path).testzip() if zipped else None  # torch does not look at the checksums
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if path.name.endswith(".index.json") and not keys:
+            shards = sorted(set(content["weight_map"].values()))
+            content = {k: tensor for shard in shards for k, tensor in read_checkpoint(path.with_name(shard)).items()}
     except Exception as error:  # there is no one type for "not such a file"
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        raise ValueError(f"{path}: cannot be read as a checkpoint; it is damaged or something else") from error
+        raise ValueError(f"{path}: cannot be read: it is damaged or something else") from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if damaged or missing:
-        problem = f"is damaged: {damaged} fails its checksum" if damaged else f"it lacks {', '.join(missing)}"
-        raise ValueError(f"{path}: is not such a checkpoint ({problem})")
+    if damaged or missing or not isinstance(content, dict):
+        problem = f"{damaged} fails its checksum" if damaged else f"it lacks {', '.join(missing)}"
+        problem = problem if damaged or missing else f"it holds a {type(content).__name__}"
+        raise ValueError(f"{path}: is damaged or something else ({problem})")
     return content
 
 
-def check_tensors(state, path):
-    """`state`, if it holds plain tensors by name; else ValueError."""
-    if not isinstance(state, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-            and tensor.dtype in PLAIN and tensor.device.type == "cpu"
-            for name, tensor in state.items()):
-        raise ValueError(f"{path}: its weights are not plain tensors by name")
-    return state
+def rename(name, table):
+    """The published name of a tensor of ours; `table` is pairs (ours, published), replaced one after another."""
+    for ours, published in table:
+        name = name.replace(ours, published)
+    return name
 
 
-def load_strictly(model, state, path, dtype=None, device="cpu", scales=None):
+def load_strictly(model, state, path, dtype=None, device="cpu", scales=None, names=()):
     """Fill `model` with `state`. A tensor that is missing, unexpected, misshapen or not finite is a ValueError.
 
     The values are copied; or, where `dtype` is given, the tensors themselves become the model's, in this type and on
     `device`, so that a model made on the device "meta" is in memory only once. scales: {name: (rows, 1)} of matrices
-    stored in 8 bits, whose rows are to be multiplied by them.
+    stored in 8 bits, whose rows are to be multiplied by them. names: a table for `rename`, if `state` has such names.
     """
-    wanted, state, scales = model.state_dict(), check_tensors(state, path), check_tensors(scales or {}, path)
+    wanted, scales, ready = model.state_dict(), scales or {}, {}
+    if not isinstance(state, dict) or not isinstance(scales, dict) or not all(
+            isinstance(name, str) and isinstance(x, torch.Tensor) and x.layout == torch.strided and x.dtype in PLAIN
+            and x.device.type == "cpu" for name, x in (*state.items(), *scales.items())):
+        raise ValueError(f"{path}: its weights are not plain tensors by name")
+    ours = {rename(name, names): name for name in wanted}
+    state = {ours.get(name, name): tensor for name, tensor in state.items()}
     missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    for problem, names in (("is missing", missing), ("is unexpected", unexpected)):
-        if names:
-            raise ValueError(f"{path}: tensor {min(names)} {problem} ({len(names)} such)")
-    ready = {}
+    for problem, such in (("is missing", missing), ("is unexpected", unexpected)):
+        if such:
+            raise ValueError(f"{path}: tensor {min(such)} {problem} ({len(such)} such)")
     for name, tensor in state.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, want {tuple(wanted[name].shape)}")
@@ -129,15 +134,36 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
+LOCAL = ("data", "codec", "text_encoder")  # settings that may name a file or folder
+
+
+def portable(settings, folder):
+    """Settings as a run in `folder` keeps them: files and folders that lie beside it by their place relative to it, so
+    that both can be moved, others by their absolute place. What is no place (toy, t5-base) stays."""
+    settings, base = dict(settings), Path(folder).resolve()
+    for key in LOCAL:
+        path = Path(settings.get(key, "")).resolve()
+        if settings.get(key) not in (None, "toy", "tunes") and path.exists():
+            settings[key] = os.path.relpath(path, base) if base.parent in path.parents else str(path)
+    return settings
+
+
+def located(settings, folder):
+    """The inverse of `portable`: settings with the files and folders where they are now."""
+    found = {key: str(Path(folder, settings[key])) for key in LOCAL if str(settings.get(key)).startswith(".")}
+    return dict(settings) | {key: place for key, place in found.items() if Path(place).exists()}
+
+
 @dataclass
 class Companions:
-    """What a model needs beside it: the names of its codec and text encoder, their fingerprints ("": unknown), and the
-    sampling settings that it brings along."""
+    """What a model was trained with: the names of its codec and text encoder, fingerprints of these and of its data set
+    ("": unknown), and the sampling settings that it brings along."""
 
     codec: str
     text_encoder: str
     codec_id: str = ""
     text_encoder_id: str = ""
+    data_id: str = ""
     sampling: dict = field(default_factory=dict)
 
     def check(self, codec, encoder):

@@ -1,23 +1,22 @@
-"""Published files: fetched into the cache that the Hugging Face libraries share, and read without running code in them.
+"""Published files: fetched into the cache that the Hugging Face libraries share, and settings read from them.
 
-A repository of the hub is a name and a list of files. The functions here know no model: which repositories there are,
-and what their files mean, stand in `model.py`, `t5_encoder.py` and `encodec_wrap.py`. The environment variables of
-`huggingface_hub` hold: HF_HOME (where the cache is), HF_ENDPOINT (a mirror), HF_HUB_OFFLINE, HF_TOKEN.
+The functions here know no model: which repositories there are, and what their files mean, stand in `model.py`,
+`t5_encoder.py` and `encodec_wrap.py`. The environment variables of `huggingface_hub` hold: HF_HOME (where the cache
+is), HF_ENDPOINT (a mirror), HF_HUB_OFFLINE, HF_TOKEN.
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
 import torch
 import yaml
 
+from support.files import read_checkpoint
+
 WEIGHTS = "model.safetensors|model.safetensors.index.json|pytorch_model.bin|pytorch_model.bin.index.json"  # one of them
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is faster, above all on hostile text
 
-
-# ------------------------------------------------------------------------------------------------------------- fetching
 
 def fetch(repository, *files):
     """The folder with a repository's `files`; what is missing is downloaded. "a|b" is satisfied by either file.
@@ -29,7 +28,8 @@ def fetch(repository, *files):
     from huggingface_hub import hf_hub_url, try_to_load_from_cache  # here: only who fetches waits 0.15 s for it
 
     by_hand, paths, reason = Path(repository), {}, ""
-    if all(present(by_hand, file) for file in files):
+    missing = [file for file in files if not any((by_hand / name).is_file() for name in file.split("|"))]
+    if not missing:
         return by_hand
     for file in files:
         cached = (try_to_load_from_cache(repository, name) for name in file.split("|"))
@@ -42,14 +42,14 @@ def fetch(repository, *files):
     except Exception as error:  # the library's errors have no one type over its versions
         reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
     if reason:
-        missing = [" or ".join(hf_hub_url(repository, name) for name in file.split("|") if "|" not in file or
-                               not name.endswith(".index.json"))  # of weights in parts nobody needs to hear
-                   for file in files if not (present(by_hand, file) if by_hand.is_dir() else paths[file])]
-        raise ConnectionError(f"download failed ({reason}); try again, or put {' and '.join(missing)} into the folder "
+        wanted = [" or ".join(hf_hub_url(repository, name) for name in file.split("|") if "|" not in file or
+                              not name.endswith(".index.json"))  # of weights in parts nobody needs to hear
+                  for file in files if (file in missing if by_hand.is_dir() else not paths[file])]
+        raise ConnectionError(f"download failed ({reason}); try again, or put {' and '.join(wanted)} into the folder "
                               f"{by_hand.absolute()}")
     for path in paths.values():
         if path.name.endswith(".index.json"):
-            fetch(repository, *sorted(set(dict(read_json(path).get("weight_map") or {}).values())))
+            fetch(repository, *sorted(set(read_checkpoint(path, ["weight_map"])["weight_map"].values())))
     return path.parent
 
 
@@ -82,11 +82,6 @@ def fetch_url(url, sha256):
     return path
 
 
-def present(folder, alternatives):
-    """The file that a folder has of "a|b", or None."""
-    return next((folder / name for name in alternatives.split("|") if (folder / name).is_file()), None)
-
-
 def beside(folder, name):
     """The repository `name` where it is laid by hand: a folder of its last name in `folder` or next to it, else `name`.
 
@@ -95,19 +90,6 @@ def beside(folder, name):
     last = name.split("/")[-1]
     places = (Path(folder) / last, Path(folder).resolve().parent / last)
     return next((str(place) for place in places if place.is_dir()), name)
-
-
-# ------------------------------------------------------------------------------------------------------------- settings
-
-def read_json(path):
-    """The dictionary in a JSON file. ValueError names the file if it is something else."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not a JSON file ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds no settings (want a JSON object)")
-    return values
 
 
 def read_yaml(text, path):
@@ -141,20 +123,12 @@ def make_config(config_class, values, path):
 
     ValueError names `path`, where the values came from, and the field that is missing or wrong.
     """
-    fields = dataclasses.fields(config_class)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: its settings are not a dictionary")
-    for field in fields:
-        if field.name not in values and field.default is dataclasses.MISSING:
-            raise ValueError(f"{path}: {field.name} is missing")
     try:
-        return config_class(**{field.name: values[field.name] for field in fields if field.name in values})
+        return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)
+                               if field.name in values or field.default is dataclasses.MISSING})
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]} is missing") from error
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def rename(name, table):
-    """The published name of a tensor of ours; `table` is pairs (ours, published), replaced one after another."""
-    for ours, published in table:
-        name = name.replace(ours, published)
-    return name

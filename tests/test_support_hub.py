@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import support.cli
 from support.cli import Config, option
 from support.files import read_checkpoint
-from support.hub import WEIGHTS, fetch, fetch_url, make_config, read_json, read_yaml
+from support.hub import WEIGHTS, fetch, fetch_url, make_config, read_yaml
 
 NAME = "google-t5/some-model"
 
@@ -160,11 +160,11 @@ def test_read_yaml_names_the_file_of_a_text_that_is_no_settings(text):
     assert "\n" not in str(error.value)
 
 
-def test_read_json_names_a_file_that_is_no_settings(tmp_path):
+def test_read_checkpoint_names_a_file_that_is_no_settings(tmp_path):
     for content in (b"", b"{", b"\xff", b"[1]", b"[" * 100_000):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(ValueError, match="config.json: "):
-            read_json(tmp_path / "config.json")
+            read_checkpoint(tmp_path / "config.json")
 
 
 @dataclass

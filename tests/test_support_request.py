@@ -24,7 +24,7 @@ import train
 from encodec_wrap import load_codec
 from sample import SamplingConfig, clip_streams, generate
 from support.audio import load_audio
-from support.request import Request, plan_clips, window_size, windows
+from support.request import Request, plan_clips, windows
 
 ROOT = Path(__file__).parent.parent
 FEW_STEPS = ["--decoding-steps", "3", "2", "1", "1"]
@@ -57,11 +57,13 @@ def test_windows_fill_in_what_is_open_and_continue_what_is_there(n_frames, given
     assert is_given.all(), "every frame is made"
 
 
-def test_window_size_is_a_training_clip_and_a_third_of_it_overlaps():
-    assert window_size(Request(), 4.0, 50.0) == (200, 67) and window_size(Request(overlap=0.5), 4.0, 50.0) == (200, 25)
-    assert window_size(Request(overlap=0.0), 0.3, 50.0) == (15, 0)
+def test_windows_are_as_long_as_a_training_clip_and_a_third_of_it_overlaps():
+    nothing = torch.zeros(500, dtype=torch.bool)
+    starts = [part.start for part in windows(nothing, 4.0, None, 50.0)]
+    assert starts == [0, 133, 266, 300], "67 of 200 frames are repeated; the last window ends with the clip"
+    assert [part.start for part in windows(nothing, 4.0, 0.0, 50.0)] == [0, 200, 300]
     with pytest.raises(ValueError, match="--overlap must be less than the 4 s of a window"):
-        window_size(Request(overlap=4.0), 4.0, 50.0)
+        windows(nothing, 4.0, 4.0, 50.0)
 
 
 # ------------------------------------------------------------------------------- what each setting of decoding changes
@@ -171,8 +173,8 @@ def test_sample_writes_exactly_as_many_samples_as_asked_or_a_training_clip(secon
 
 def test_sample_plays_longer_than_the_training_clips_in_windows_and_says_so(play):
     ended = play("a flute", "--seconds", 2.5, "--overlap", 0.25)
-    assert soundfile.info("out.wav").frames == 40_000 and "3/3" in ended.err
-    assert "made in windows of 1 s, each continues 0.24 s of the last" in ended.out
+    assert soundfile.info("out.wav").frames == 40_000 and "21/21" in ended.err
+    assert "made in 3 windows of 1 s that overlap by 0.24 s" in ended.out
 
 
 def test_sample_with_a_negative_prompt_plays_something_else(play):

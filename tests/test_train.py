@@ -35,7 +35,7 @@ from masking import causal_attention_mask, delay_codes, hybrid_attention_mask, s
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate
 from support.data import Clips
-from support.request import Request, window_size
+from support.request import windows
 from t5_encoder import T5Encoder
 from train import (
     LOSSES,
@@ -340,7 +340,7 @@ def test_validate_measures_what_was_trained_and_is_at_chance_for_a_model_that_kn
 
 
 def test_validate_does_not_count_padding_and_gives_nan_where_nothing_counts(clips):
-    oracle, real = Oracle(12, T, 16), clips.valid(torch.arange(12))
+    oracle, real = Oracle(12, T, 16), clips.batch(torch.arange(12))["valid"]
     with torch.no_grad():  # it knows the tokens of all frames that are not padding
         oracle.logits.copy_(100.0 * F.one_hot(clips.codes[:, 0].long(), 16) * real[..., None])
     assert list(validate(oracle, clips, "cpu", nullcontext)[0].values()) == pytest.approx([0] * 4)
@@ -453,7 +453,8 @@ def test_train_in_parts_has_the_gradient_of_the_mean_over_all_tokens_of_the_batc
     whole, parts = watch(flags), watch(f"{flags} --accumulate 4")
     assert len(whole.parts) == 2 and len(parts.parts) == 8
     torch.testing.assert_close(parts.gradients[0], whole.gradients[0], atol=1e-6, rtol=1e-3)
-    model = train.new_model(whole.run.config, load_codec("toy"), T5Encoder.from_pretrained("toy"))
+    torch.manual_seed(0)
+    model = MAGNeT(whole.run.model.config)
     batch = whole.parts[0]
     (LOSSES[objective](model, **batch) / batch["loss_mask"].sum()).backward()
     by_hand = flat(p.grad for p in model.parameters() if p.grad is not None)
@@ -524,12 +525,18 @@ def test_a_setting_of_train_config_changes_what_it_should(setting, watch, by_def
         assert after == (pytest.approx(expected) if isinstance(expected, list) else expected) and before != after
 
 
+def test_train_multiplies_in_the_type_asked_for_and_scales_the_loss_for_float16_only(watch):
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        seen = watch(f"--dtype {name} --steps 1")
+        assert seen.type == dtype and seen.run.scaler.is_enabled() == (name == "fp16")
+
+
 @pytest.mark.parametrize("ms, frames", [(100, 5), (0, 0), (-1, -1), (30, 2)])
-def test_new_model_turns_the_context_into_frames_to_the_nearest_and_a_negative_one_into_everywhere(ms, frames):
+def test_model_config_turns_the_context_into_frames_to_the_nearest_and_a_negative_one_into_everywhere(ms, frames):
     codec, encoder = SimpleNamespace(n_codebooks=1, codebook_size=16, frame_rate=50.0), SimpleNamespace()
     encoder.config = SimpleNamespace(d_model=8)
-    model = train.new_model(TrainConfig(context_ms=ms, dim=8, n_heads=1, n_layers=1), codec, encoder)
-    assert model.config.context == frames and model(torch.zeros(1, 1, 9).long(), 0).shape == (1, 9, 16)
+    config = train.model_config([], TrainConfig(context_ms=ms, dim=8, n_heads=1, n_layers=1), {}, codec, encoder)
+    assert config.context == frames and MAGNeT(config)(torch.zeros(1, 1, 9).long(), 0).shape == (1, 9, 16)
 
 
 FRAMES = torch.arange(120).view(1, K, 30) % 16, 1, torch.ones(1, 3, 8), torch.ones(1, 3)  # codes, stage, text, its mask
@@ -560,7 +567,7 @@ MODEL = {  # the same of a model; the weights are those of the default model whe
     "text_len": (9, lambda model: model(*FRAMES).amax(dim=2)[0].tolist(), OTHERS),
     "context": (2, reach, 9),  # two frames on each side in each of two layers
     "span_len": (5, lambda model: int(decode(model)[19]["hidden"].sum()), 5),  # the last step hides one span
-    "seconds": (0.3, lambda model: window_size(Request(), model.config.seconds, 50.0)[0], 15),
+    "seconds": (0.3, lambda model: windows(torch.zeros(9) > 0, model.config.seconds, frame_rate=50)[0].stop, 15),
     "dropout": (1.0, lambda model: model.train().blocks[0](x := torch.eye(32)[None]).equal(x), True),
     "objective": ("ar", lambda model: "position" in decode(model)[0], True),
 }
@@ -628,7 +635,7 @@ def test_train_logs_the_mean_loss_per_hidden_token_since_the_last_row(train_tiny
 def test_train_writes_a_checkpoint_of_tensors_and_plain_types_and_nothing_else(tiny_run):
     state = read_state(tiny_run)
     assert state["step"] == 10 and state["config"] == vars(TrainConfig(**state["config"]))
-    assert sorted(os.listdir(tiny_run)) == ["checkpoint.pt", "log.csv"]
+    assert sorted(os.listdir(tiny_run)) == [".lock", "checkpoint.pt", "log.csv"]
 
 
 def test_train_reads_only_the_cache_once_it_is_filled(train_tiny, tiny_run, tmp_path, monkeypatch):
@@ -655,10 +662,10 @@ def test_a_hybrid_that_learned_two_clips_by_heart_plays_them_in_every_way(genera
         optimizer.zero_grad()
         (hybrid_cross_entropy(model, **batch) / batch["loss_mask"].sum()).backward()
         optimizer.step()
-    _, text, text_mask = clips.batch(torch.arange(2))
+    batch = clips.batch(torch.arange(2))
     for seconds in (0.0, 0.06, 0.12):
         config = SamplingConfig((8, 4), greedy=True, guidance_start=1, ar_guidance=1, hybrid_seconds=seconds)
-        played = generate(model, text, text_mask, torch.full_like(codes, MASK), config)
+        played = generate(model, batch["text"], batch["text_mask"], torch.full_like(codes, MASK), config)
         assert played.equal(codes), f"with {seconds} s from left to right {(played != codes).sum()} of 40 tokens differ"
 
 
@@ -667,7 +674,7 @@ def test_train_init_from_takes_the_averaged_weights_and_nothing_else(train_tiny,
     assert state["step"] == 1 and all(entry["step"] == 1 for entry in state["optimizer"]["state"].values())
     for weights in (state["model"], state["ema"]):
         torch.testing.assert_close(weights, read_state(tiny_run)["ema"], atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="tiny.*shape"):
+    with pytest.raises(ValueError, match="tiny goes on with dim 32; --dim 16"):
         train_tiny(tmp_path / "other", f"--init-from {tiny_run} --dim 16")
 
 
@@ -743,14 +750,14 @@ def test_train_on_a_full_disk_ends_with_one_line_and_keeps_the_old_checkpoint(ca
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_one_line(ended, "checkpoint.pt", "what was there is kept")
     assert read_state(tmp_path / "run")["step"] == 5
-    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "log.csv"], "and nothing half-written"
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "checkpoint.pt", "log.csv"], "and nothing half-written"
 
 
 def test_train_touches_a_run_only_to_resume_it_with_its_own_settings(train_tiny, tiny_run):
     before = {path.name: path.read_bytes() for path in tiny_run.iterdir()}
     with pytest.raises(ValueError, match="holds a run already.*--resume"):
         train_tiny(tiny_run)
-    with pytest.raises(ValueError, match="dim is 32, not 96"):
+    with pytest.raises(ValueError, match="goes on with dim 32; --dim 96"):
         train_tiny(tiny_run, "--resume --dim 96")
     assert {path.name: path.read_bytes() for path in tiny_run.iterdir()} == before
 
@@ -810,7 +817,7 @@ WRONG = {  # flags: what the line names
     "--dropout 2": "dropout must be", "--n-heads 7": "n_heads", "--init-from missing": "missing",
     "--val-every 0": "val_every", "--stage-weights 0 0 0 0 1": "none of 4 codebooks",
     "--stage-weights inf": "stage_weights must be", "--stage-weights 1 -1": "stage_weights", "--seconds inf": "seconds",
-    "--lr nan": "lr must be", "--dim 4294967296": "dim must be", "--lr=--": "lr must be", "--objective x": "--object",
+    "--lr nan": "lr must be", "--dim 4294967296": "dim must be", "--lr=--": "not empty", "--objective x": "--object",
     "--dtype fp8": "--dtype", "--steps": "--steps", "--nonsense 1": "--nonsense",
 }
 

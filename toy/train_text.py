@@ -22,8 +22,7 @@ from torch import nn
 from tqdm import trange
 
 from support.cli import Parser, run
-from support.files import save_whole, whole_file
-from support.hub import rename
+from support.files import rename, save_whole, whole_file
 from t5_encoder import CONFIG, TENSOR_NAMES, TOKENIZER, T5Config, T5Encoder
 from toy import WORLDS, world, world_of
 

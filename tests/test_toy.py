@@ -6,6 +6,7 @@ export; the judge and what `toy.evaluate` measures.
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from encodec_wrap import Codec, CodecConfig, load_codec
 from model import load_model
+from support.files import save_whole
 from t5_encoder import T5Config, T5Encoder
 from toy import world
 from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts, wilson
@@ -140,12 +142,6 @@ def says(text):
     return said
 
 
-def test_words_are_given_for_every_value_and_no_two_values_share_one():
-    assert {name: tuple(values) for name, values in WORDS.items()} == ATTRIBUTES
-    words = [word for values in WORDS.values() for synonyms in values.values() for word in synonyms]
-    assert len(set(words)) == len(words)
-
-
 def test_caption_says_every_attribute_truly_and_nothing_of_what_it_was_not_told():
     rng = np.random.default_rng(0)
     for index in range(200):
@@ -156,7 +152,10 @@ def test_caption_says_every_attribute_truly_and_nothing_of_what_it_was_not_told(
         assert says(text) == some, text
 
 
-def test_caption_varies_its_words_and_their_order():
+def test_caption_varies_its_words_and_their_order_and_no_two_values_share_a_word():
+    assert {name: tuple(values) for name, values in WORDS.items()} == ATTRIBUTES
+    words = [word for values in WORDS.values() for synonyms in values.values() for word in synonyms]
+    assert len(set(words)) == len(words)
     attributes = describe(0)[0]
     texts = [caption(attributes, np.random.default_rng(i)) for i in range(200)]
     assert len(set(texts)) > 100
@@ -174,12 +173,13 @@ def encoder():
     return T5Encoder.from_pretrained("toy")
 
 
-def test_the_toy_tokenizer_knows_every_caption(encoder):
-    rng = np.random.default_rng(0)
-    tokenizer = encoder.tokenizer
+def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_tokenizer_knows(encoder):
+    rng, tokenizer = np.random.default_rng(0), encoder.tokenizer
     for _ in range(200):
-        text, _ = draw_caption(rng)
-        ids = tokenizer.encode(text)
+        text, labels = draw_caption(rng)
+        said, ids = says(text), tokenizer.encode(text)
+        assert labels == [values.index(said[name]) if name in said else len(values)
+                          for name, values in ATTRIBUTES.items()], text
         assert tokenizer.unk_id() not in ids and tokenizer.decode(ids) == text
 
 
@@ -194,15 +194,6 @@ def test_the_toy_encoder_gives_captions_of_other_attributes_other_embeddings(enc
     for name, values in ATTRIBUTES.items():
         rows = torch.stack([embed(**{name: value}) for value in values])
         assert torch.pdist(rows).min() > 0.1 * plain.norm(), name
-
-
-def test_draw_caption_gives_labels_that_are_true_of_the_caption():
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        text, labels = draw_caption(rng)
-        said = says(text)
-        assert labels == [values.index(said[name]) if name in said else len(values)
-                          for name, values in ATTRIBUTES.items()], text
 
 
 def test_train_tokenizer_writes_a_tokenizer_with_the_special_ids_of_t5(tmp_path):
@@ -318,19 +309,21 @@ def test_quantized_weights_come_back_within_half_a_step_of_each_row():
 def test_export_keeps_what_sampling_needs_in_few_bits_and_sampling_flags_become_the_models_own(
         make_magnet, tmp_path, monkeypatch):
     model = make_magnet()
-    content = {"config": {"a": 1}, "model_config": vars(model.config), "codec": "toy", "text_encoder": "toy",
+    content = {"config": {"a": 1}, "model_config": vars(model.config), "codec": "../codec.pt", "text_encoder": "toy",
                "step": 7, "codec_id": "c0", "text_encoder_id": "e0", "ema": model.state_dict(), "model": {},
                "optimizer": {}, "rng": {}}
-    torch.save(content, tmp_path / "checkpoint.pt")
+    save_whole(content, tmp_path / "run" / "checkpoint.pt")
+    (tmp_path / "codec.pt").touch()
     flags = "--guidance-start 3 --top-p 0.9 --decoding-steps 40 10 10 10".split()
-    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), str(tmp_path / "small.pt"), *flags])
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "run"), str(tmp_path / "out/small.pt"), *flags])
     export()
-    small = torch.load(tmp_path / "small.pt", weights_only=True)
+    small = torch.load(tmp_path / "out/small.pt", weights_only=True)
     assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling", "scales"}
-    loaded, own = load_model(tmp_path / "small.pt")
+    loaded, own = load_model(tmp_path / "out/small.pt")
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=5e-3, rtol=0)  # up to 1.06 / 254
     assert own.sampling == {"guidance_start": 3.0, "decoding_steps": (40, 10, 10, 10)}, "what is not the default anyway"
-    assert load_model(tmp_path)[1].sampling == {}, "a training run has none"
+    assert load_model(tmp_path / "run")[1].sampling == {}, "a training run has none"
+    assert Path(own.codec).samefile(tmp_path / "codec.pt"), "beside the run, and now beside the export"
 
 
 @pytest.mark.parametrize("name, objective", [("toy", "magnet"), ("toy-ar", "ar"), ("toy-hybrid", "hybrid")])

@@ -8,7 +8,7 @@ sound-effect models t5-large; v1.0 (ReLU) and v1.1 / Flan (gated GELU) are both 
     embeddings, mask = encoder.encode_text(["80s electronic track", ""])  # (2, L, 768), (2, L)
 
 What sets T5 apart from the transformer of 2017: no position embeddings but a learned bias on the attention scores that
-depends on the distance alone; RMSNorm before each sub-layer (x / rms(x) * weight: no mean, no bias); no bias terms; attention scores that are not scaled.
+depends on the distance alone; RMSNorm before each sub-layer; no bias terms; attention scores that are not scaled.
 
 Letters: B batch, L text tokens, C width, H heads, D width of a head. Left out: the decoder, the language-model head and
 dropout (the encoder is frozen in use).
@@ -79,6 +79,18 @@ def relative_buckets(distance, num_buckets=32, max_distance=128):
     return torch.where(far < exact, far, coarse) + half * (distance > 0).long()
 
 
+class RMSNorm(nn.Module):
+    """(..., C) -> (..., C): divide by the root mean square over the width; no mean is subtracted, no bias added."""
+
+    def __init__(self, width, epsilon):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
+
+
 class Attention(nn.Module):
     """Self-attention with scores q . k + bias: the usual 1 / sqrt(D) is folded into the initial weights of q."""
 
@@ -123,9 +135,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.attention_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, bias):
@@ -146,7 +158,7 @@ class T5Encoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
-        self.final_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         for name, weight in self.named_parameters():  # as T5 is initialised; the norms' weights stay 1
             if name.endswith(".q.weight"):
                 nn.init.normal_(weight, std=(config.d_model * config.d_kv) ** -0.5)

@@ -45,7 +45,7 @@ COLUMNS = ("experiment", "setting", "seed", "overall_seen", "overall_unseen",
 SAMPLING_CELLS = {
     "guidance": {f"{a:g} -> {b:g}" if a != b else f"constant {a:g}": {"guidance_start": a, "guidance_end": b}
                  for a, b in ((1.0, 1.0), (3.0, 3.0), (10.0, 10.0), (3.0, 1.0), (10.0, 1.0))},
-    "steps": {str(n): {"decoding_steps": (n, 10, 10, 10)} for n in (1, 2, 5, 10, 20, 40)},
+    "steps": {str(n): {"decoding_steps": (n, 10)} for n in (1, 2, 5, 10, 20, 40)},
     "sampling": {f"T {t:g}, p {p:g}": {"temperature": t, "top_p": p}
                  for t, p in ((0.0, 0.9), (1.0, 0.9), (3.0, 0.9), (5.0, 0.9), (3.0, 0.5), (3.0, 1.0))},
     "order": {f"{arrangement}, {scoring}": {"span_arrangement": arrangement, "span_scoring": scoring}

@@ -106,7 +106,8 @@ def load_strictly(model, state, path, dtype=None, device="cpu", scales=None, nam
         raise ValueError(f"{path}: its weights are not plain tensors by name")
     ours = {rename(name, names): name for name in wanted}
     state = {ours.get(name, name): tensor for name, tensor in state.items()}
-    for problem, such in (("is missing", wanted.keys() - state.keys()), ("is unexpected", state.keys() - wanted.keys())):
+    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    for problem, such in (("is missing", missing), ("is unexpected", unexpected)):
         if such:
             raise ValueError(f"{path}: tensor {min(such)} {problem} ({len(such)} such)")
     for name, tensor in state.items():

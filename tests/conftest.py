@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import os
 import re
 import resource
 import shlex
@@ -101,6 +102,30 @@ def make_magnet():
         return kind(ModelConfig(**small | fields)).eval()
 
     return make
+
+
+def random_codes(model, T=20, B=2, seed=0):
+    """Codes (B, K, T) such as the model may be given."""
+    shape = B, model.config.n_codebooks, T
+    return torch.randint(model.config.card, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_text(model, B=2, L=3, seed=0):
+    """Embeddings (B, L, text_dim) as from T5, and a mask (B, L) of tokens only."""
+    text = torch.randn(B, L, model.config.text_dim, generator=torch.Generator().manual_seed(seed))
+    return text, torch.ones(B, L, dtype=torch.bool)
+
+
+def drawn(mask):
+    """A (rows, columns) mask as text, "x" for True, so that a failure shows both pictures."""
+    return ["".join("x" if cell else "." for cell in row) for row in mask.tolist()]
+
+
+class RunsCode:
+    """Unpickled carelessly, this makes a folder: harmless proof that code was run."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
 
 
 # ----------------------------------------------------------------------------------------------- a hub on this machine

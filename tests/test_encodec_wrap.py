@@ -10,10 +10,11 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, RunsCode
 from safetensors.torch import save_file
 
 import encodec_wrap
@@ -38,56 +39,63 @@ def codec():
 
 @pytest.fixture(scope="module")
 def clips():
-    """Three toy clips, (3, 1, 64000)."""
-    return torch.stack([torch.from_numpy(example(i, "valid")[0])[None] for i in range(3)])
+    """Three toy clips of two seconds, (3, 1, 32000)."""
+    return torch.stack([torch.from_numpy(example(i, "valid")[0])[None] for i in range(3)])[..., :32_000]
+
+
+@pytest.fixture(scope="module")
+def codes(codec, clips):
+    return codec.encode(clips)
+
+
+@pytest.fixture(scope="module")
+def decoded(codec, codes):
+    return codec.decode(codes)
 
 
 # ---------------------------------------------------------------------------------------------------- encode and decode
 
-@pytest.mark.parametrize("samples", [1, 319, 320, 321, 641, 64_000])
-def test_encode_gives_a_frame_for_every_begun_hop_and_decode_whole_hops(codec, clips, samples):
-    codes = codec.encode(clips[:1, :, :samples])
-    frames = math.ceil(samples / codec.hop_length)
-    assert codes.shape == (1, codec.n_codebooks, frames) and codes.dtype == torch.long
-    assert codec.decode(codes).shape == (1, 1, frames * codec.hop_length)
+def test_encode_gives_a_frame_for_every_begun_hop_and_decode_whole_hops(codec, clips):
+    for samples in (1, 319, 320, 321, 641):
+        codes = codec.encode(clips[:1, :, :samples])
+        frames = math.ceil(samples / codec.hop_length)
+        assert codes.shape == (1, codec.n_codebooks, frames) and codes.dtype == torch.long
+        assert codec.decode(codes).shape == (1, 1, frames * codec.hop_length)
 
 
-def test_encode_gives_the_same_codes_each_time_and_uses_many(codec, clips):
-    codes = codec.encode(clips)
-    assert torch.equal(codes, codec.encode(clips))
-    assert codes.min() >= 0 and codes.max() < codec.codebook_size
+def test_encode_gives_the_same_codes_each_time_and_uses_many(codec, clips, codes):
+    assert torch.equal(codes, codec.encode(clips)) and codes.min() >= 0 and codes.max() < codec.codebook_size
     assert all(len(codes[:, k].unique()) > 20 for k in range(codec.n_codebooks))
 
 
-def test_encode_and_decode_of_a_batch_are_those_of_its_clips(codec, clips):
-    codes = codec.encode(clips)
-    alone = torch.cat([codec.encode(clip[None]) for clip in clips])
-    assert (codes == alone).float().mean() > 0.999, "but for rounding in a near tie"
-    wavs = torch.cat([codec.decode(row[None]) for row in codes])
-    torch.testing.assert_close(codec.decode(codes), wavs, atol=1e-4, rtol=1e-3)
+def test_a_codec_sees_beyond_the_edges_what_its_pad_mode_says():
+    """Of a constant sound: more of it, so that all frames are alike, or zeros, so that the outer ones are not."""
+    for pad_mode, alike in (("reflect", True), ("replicate", True), ("constant", False)):
+        latents = Codec(replace(TINY, pad_mode=pad_mode)).eval().model.encoder(torch.ones(1, 1, 800))  # 100 frames
+        assert ((latents - latents[..., 50:51]).abs().max() < 1e-5) == alike, pad_mode
 
 
-def distance(a, b):
-    """Mean L1 distance between log-mel spectrograms."""
-    a, b = (log_mel(mel_spectrogram(x[:, 0], 16_000)) for x in (a, b))
-    return (a - b).abs().mean().item()
+def test_encode_and_decode_of_a_batch_are_those_of_its_clips(codec, clips, codes, decoded):
+    alone = codec.encode(clips[1:2])
+    assert (codes[1:2] == alone).float().mean() > 0.999, "but for rounding in a near tie"
+    torch.testing.assert_close(decoded[1:2], codec.decode(codes[1:2]), atol=1e-4, rtol=1e-3)
 
 
-def test_decode_of_encode_is_close_to_the_clip_and_closer_with_more_codebooks(codec, clips):
-    codes = codec.encode(clips)
-    back, rough = codec.decode(codes), codec.decode(codes[:, :1])
-    assert distance(back, clips) < 0.5 * distance(torch.zeros_like(clips), clips), "silence is farther"
-    assert distance(back, clips) < 0.5 * distance(back.roll(1, dims=0), clips), "so is another clip"
-    assert distance(back, clips) < distance(rough, clips)
+def test_decode_of_encode_is_close_to_the_clip_and_closer_with_more_codebooks(codec, clips, codes, decoded):
+    def distance(wav):
+        """Mean L1 distance between log-mel spectrograms."""
+        a, b = (log_mel(mel_spectrogram(x[:, 0], 16_000)) for x in (wav, clips))
+        return (a - b).abs().mean().item()
+
+    assert distance(decoded) < 0.5 * distance(torch.zeros_like(clips)), "silence is farther"
+    assert distance(decoded) < 0.5 * distance(decoded.roll(1, dims=0)), "so is another clip"
+    assert distance(decoded) < distance(codec.decode(codes[:, :1])), "so is what one codebook holds"
 
 
-def test_encode_refuses_what_is_not_a_batch_of_mono_audio(codec):
+def test_encode_and_decode_refuse_other_shapes_and_codes_out_of_range_such_as_the_mask_token(codec):
     for shape in ((1, 2, 640), (640,), (1, 640), (1, 1, 0)):
         with pytest.raises(ValueError, match=r"\(B, 1, S\)"):
             codec.encode(torch.zeros(shape))
-
-
-def test_decode_refuses_what_is_not_a_batch_of_codes_and_codes_out_of_range_such_as_the_mask_token(codec):
     for shape in ((1, 5, 10), (1, 0, 10), (4, 10), (1, 4, 0)):
         with pytest.raises(ValueError, match="decode wants codes"):
             codec.decode(torch.zeros(shape, dtype=torch.long))
@@ -97,14 +105,6 @@ def test_decode_refuses_what_is_not_a_batch_of_codes_and_codes_out_of_range_such
 
 
 # ----------------------------------------------------------------------------------------------------------- long audio
-
-LONG = {  # each kind of codec there is; the last two have an LSTM, which sees all that came before
-    "toy": lambda: load_codec("toy"),
-    "convolutions, causal": lambda: random_codec(causal=True, true_skip=False),
-    "16 kHz": lambda: load_codec(AUDIOCRAFT),
-    "24 kHz": lambda: random_codec(sample_rate=24_000, causal=True, true_skip=False, lstm=2),
-}
-
 
 def random_codec(**fields):
     torch.manual_seed(0)
@@ -116,23 +116,25 @@ def random_codec(**fields):
     return codec
 
 
-@pytest.mark.parametrize("kind", LONG)
-def test_encode_and_decode_in_pieces_equal_those_of_the_whole(kind, monkeypatch):
-    codec, generator = LONG[kind](), torch.Generator().manual_seed(0)
-    wav = torch.rand(1, 1, 200 * codec.hop_length - 7, generator=generator) - 0.5
-    codes = torch.randint(codec.codebook_size, (2, codec.n_codebooks, 200), generator=generator)
+@pytest.mark.parametrize("made", [
+    lambda: load_codec("toy"), lambda: load_codec(AUDIOCRAFT),
+    lambda: random_codec(causal=True, true_skip=False, lstm=2)], ids=["toy", "16 kHz", "causal"])
+def test_encode_and_decode_in_pieces_equal_those_of_the_whole(made, monkeypatch):
+    """The last two have an LSTM, which sees all that came before."""
+    codec, generator = made(), torch.Generator().manual_seed(0)
+    wav = torch.rand(1, 1, 100 * codec.hop_length - 7, generator=generator) - 0.5
+    codes = torch.randint(codec.codebook_size, (1, codec.n_codebooks, 100), generator=generator)
     whole = codec.encode(wav), codec.decode(codes)
     assert len(whole[0].unique()) > 50
-    monkeypatch.setattr(encodec_wrap, "PIECE", 33)
+    monkeypatch.setattr(encodec_wrap, "PIECE", 17)
     torch.testing.assert_close(codec.decode(codes), whole[1], atol=1e-4, rtol=0)
     assert torch.equal(codec.encode(wav), whole[0])
 
 
-def test_decode_never_works_on_more_than_a_piece_at_the_rate_of_the_audio(codec):
-    longest = []
-    hook = codec.model.decoder.model[-1].register_forward_hook(lambda m, i, y: longest.append(y.shape[-1]))
-    codec.decode(torch.zeros(1, 4, 1500, dtype=torch.long))
-    hook.remove()
+def test_decode_never_works_on_more_than_a_piece_at_the_rate_of_the_audio():
+    codec, longest = random_codec(**vars(TINY)), []
+    codec.model.decoder.model[-1].register_forward_hook(lambda m, i, y: longest.append(y.shape[-1]))
+    codec.decode(torch.zeros(1, 3, 1500, dtype=torch.long))
     assert len(longest) == 3 and max(longest) <= (512 + 2 * 16) * codec.hop_length
 
 
@@ -144,12 +146,11 @@ def test_load_codec_gives_the_toy_codec_with_the_weights_that_the_toy_models_nam
     assert not codec.training and not any(p.requires_grad for p in codec.parameters()), "frozen"
 
 
-def test_load_codec_keeps_the_first_n_codebooks(codec, clips):
-    codes = codec.encode(clips)
+def test_load_codec_keeps_the_first_n_codebooks(clips, codes):
     for k in (1, 3):
-        few = load_codec("toy", k)
-        assert few.n_codebooks == k and torch.equal(few.encode(clips), codes[:, :k])
-        assert few.decode(codes[:, :k]).shape == clips.shape
+        few, part = load_codec("toy", k), clips[:1, :, :6400]
+        assert few.n_codebooks == k and torch.equal(few.encode(part)[:, :, :15], codes[:1, :k, :15])
+        assert few.decode(codes[:1, :k, :20]).shape == part.shape
     for wrong in (0, -1, 5):
         with pytest.raises(ValueError, match=f"n_codebooks must be 1 to 4 for this codec, not {wrong}"):
             load_codec("toy", wrong)
@@ -234,13 +235,6 @@ def test_load_codec_fetches_what_the_pointer_names_and_nothing_where_the_codec_i
 
 # ------------------------------------------------------------------------------------- damaged files and wrong settings
 
-class RunsCode:
-    """Unpickled carelessly, this makes a folder: harmless proof that code was run."""
-
-    def __reduce__(self):
-        return os.mkdir, ("pickle-ran-code",)
-
-
 TOY, BYTES = read(TOY_CODEC), TOY_CODEC.read_bytes()
 BAD_FILES = {  # name: (content, what the message says)
     "text": (b"hello\n", "cannot be read"), "cut": (BYTES[:100_000], "cannot be read"),
@@ -251,7 +245,7 @@ BAD_FILES = {  # name: (content, what the message says)
     "a MAGNeT": (read(DATA / "magnet_tiny_state_dict.bin"), "not those of a codec; .* is missing"),
     "no weights": ({"codec": {}}, "not plain tensors"),
     "settings in a list": (TOY | {"codec": [1]}, "settings are not a dictionary"),
-    "other settings": (TOY | {"codec": {"dimension": 32}}, "tensor .* is missing|has shape"),
+    "other settings": (TOY | {"codec": {"dimension": 32}}, "has shape"),
     "huge": (TOY | {"codec": {"ratios": [2] * 30}}, "n_filters 12, doubled 30 times"),
     "not a number": (TOY | {"weights": {name: tensor * math.nan for name, tensor in TOY["weights"].items()}},
                      "tensor .* holds numbers that are not finite"),
@@ -269,13 +263,11 @@ def test_load_codec_says_in_one_line_what_is_wrong_with_a_file_and_runs_no_code_
 
 @pytest.mark.parametrize("lay, change, words", [
     ("A", dict(old="renormalize: false", new="renormalize: true"), "encodec.renormalize True is not supported"),
-    ("A", dict(old="n_filters: 4", new="n_filters: 8"), "tensor .* has shape"),
     ("A", dict(old="n_filters: 4", new="n_filters: four"), "n_filters must be whole number"),
     ("A", dict(old="bins: 2048", new="bins: 2000"), "codebook_size must be 2 or 4"),
     ("A", dict(old="rvq:", new="r: ["), "settings are not YAML"),
     ("A", dict(change=lambda state: state | {"encoder.x": torch.zeros(1)}), "tensor encoder.x is unexpected"),
     ("H", dict(normalize=True), "a codec with normalize True is not supported"),
-    ("H", dict(upsampling_ratios=[8, 5, 4]), "tensor .* is missing"),
     ("H", dict(upsampling_ratios=8), "ratios must be"),
     ("H", dict(num_lstm_layers=1), "tensor .* is unexpected"), ("H", dict(sampling_rate="x"), "sample_rate must be")])
 def test_load_codec_names_file_and_field_of_settings_that_are_wrong(lay, change, words, tmp_path):
@@ -326,16 +318,14 @@ def test_import_encodec_uses_a_torchaudio_that_works(fresh_imports):
 
 # --------------------------------------------------------------------------------------------------------------- parity
 
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
-@pytest.mark.parametrize("newer", [False, True], ids=["weight_g", "parametrizations"])
+@pytest.mark.parametrize("file, newer", [("pytorch_model.bin", False), ("model.safetensors", True)])
 def test_load_codec_reads_the_layout_of_hugging_face(file, newer, tmp_path):
+    """Weight norm is spelled in two ways. Without their config weights are those of the 32 kHz codec."""
     codec = load_codec(lay_hugging_face(tmp_path, file, newer))
     assert (codec.sample_rate, codec.frame_rate, codec.n_codebooks, codec.codebook_size) == (32_000, 50, 4, 2048)
     assert_matches(codec, "encodec32k_hf_tiny")
-
-
-def test_load_codec_reads_weights_without_their_config():
-    assert_matches(load_codec(HUGGING_FACE), "encodec32k_hf_tiny")
+    (tmp_path / "config.json").unlink()
+    assert_matches(load_codec(tmp_path / file), "encodec32k_hf_tiny")
 
 
 @pytest.mark.parametrize("causal", ["false", "${encodec.causal}"], ids=["value", "reference"])

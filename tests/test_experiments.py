@@ -2,34 +2,35 @@
 
 import csv
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments import ablations, plots
+from encodec_wrap import load_codec
+from experiments import ablations, full_size, plots
 from experiments.ablations import COLUMNS, SAMPLING_CELLS, add_row, is_done, read_rows
+from model import load_model
 from sample import SamplingConfig
+from t5_encoder import T5Config, T5Encoder
 
 CELL = {"experiment": "guidance", "setting": "10 -> 1", "seed": 0, "model": "toy"}
 
 
-def test_a_cell_is_done_once_its_row_is_written_and_no_other_cell_is(tmp_path):
+def test_a_cell_is_done_once_its_row_is_written_and_no_other_cell_or_row_is_touched(tmp_path):
     path = tmp_path / "results" / "guidance.csv"
     assert not is_done(path, CELL)
-    add_row(path, {**CELL, "overall_seen": 0.5})
-    assert is_done(path, CELL)
-    for name, other in (("setting", "constant 1"), ("seed", 1), ("model", "runs/mine")):
-        assert not is_done(path, {**CELL, name: other})
-
-
-def test_add_row_keeps_the_rows_before_it(tmp_path):
-    path = tmp_path / "guidance.csv"
     for seed in range(3):
         add_row(path, {**CELL, "seed": seed, "frechet": 1 / 3})
+    assert is_done(path, CELL)
+    for name, other in (("setting", "constant 1"), ("seed", 3), ("model", "runs/mine")):
+        assert not is_done(path, {**CELL, name: other})
     rows = read_rows(path)
     assert [row["seed"] for row in rows] == ["0", "1", "2"] and tuple(rows[0]) == COLUMNS
     assert float(rows[0]["frechet"]) == pytest.approx(1 / 3, rel=1e-3)
-    assert list(tmp_path.iterdir()) == [path], "no half-written file stays"
+    assert list(path.parent.iterdir()) == [path], "no half-written file stays"
 
 
 def test_every_sampling_cell_is_a_config_that_differs_from_the_others():
@@ -109,3 +110,29 @@ def test_spans_train_once_and_go_on_where_they_were_cut(tmp_path, monkeypatch):
         row, = csv.DictReader(file)
     assert row["setting"] == "span 3, context restricted" and row["model"] == "--dim 48"
     assert [float(row[f"val_{k}"]) for k in (1, 2, 3, 4)] == [1.2, 2.2, 3.2, 4.2]
+
+
+@pytest.mark.parametrize("sounds", [False, True])
+def test_full_size_models_are_laid_out_as_published_and_load_back(sounds, tmp_path, monkeypatch):
+    """At a tiny size. The music models name a codec of another repository, the sound-effect models hold their own."""
+    monkeypatch.setattr(full_size, "SIZES", {"small": {"dim": 16, "n_heads": 2, "n_layers": 1}})
+    monkeypatch.setattr(full_size, "T5", dict.fromkeys(("t5-base", "t5-large"), T5Config(32128, 8, 4, 8, 1, 2)))
+    for name in ("CODEC_32KHZ", "CODEC_16KHZ"):
+        tiny = replace(getattr(full_size, name), n_filters=2, dimension=4, codebook_size=16)
+        monkeypatch.setattr(full_size, name, tiny)
+    written = []
+    for owner in ("MAGNeT", "Codec", "T5Encoder"):
+        made = getattr(full_size, owner)
+        monkeypatch.setattr(full_size, owner, lambda *args, made=made: written.append(made(*args)) or written[-1])
+    full_size.write_all(Namespace(sounds=sounds, size="small", clip=10.0), tmp_path / "model")
+    model, codec, encoder = sorted(written, key=lambda module: ("MAGNeT", "Codec", "T5Encoder").index(
+        type(module).__name__))
+    loaded, companions = load_model(tmp_path / "model")
+    assert loaded.config == model.config and companions.sampling == {"schedule": "released"}
+    back = load_codec(companions.codec)
+    assert back.config == codec.config and back.sample_rate == (16_000 if sounds else 32_000)
+    assert companions.text_encoder == str(tmp_path / "model" / ("t5-large" if sounds else "t5-base"))
+    for ours, again in ((codec, back), (encoder, T5Encoder.from_pretrained(companions.text_encoder)), (model, loaded)):
+        half = {name: tensor.half().float() for name, tensor in ours.state_dict().items()}
+        rounded = again.state_dict() if ours is model else {n: x.half().float() for n, x in again.state_dict().items()}
+        torch.testing.assert_close(rounded, half, atol=0, rtol=0)

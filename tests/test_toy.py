@@ -1,57 +1,38 @@
-"""What the toy world promises: clips that can be made again, in which every attribute can be heard, and true captions;
-and the small pieces of its codec's and its text encoder's training."""
+"""The toy world and what is trained for it: the claims of toy/ (the tunes are in test_tunes.py).
+
+Read in this order: which clip is made; what can be heard in it; its caption; the text encoder; the codec's training;
+export; the judge and what `toy.evaluate` measures.
+"""
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli import check_same
-from hub import dequantized
 
 from encodec_wrap import Codec, CodecConfig, load_codec
 from model import load_model
-from sample import SamplingConfig
-from t5_encoder import T5Encoder, Tokenizer
-from toy.evaluate import evaluate, frechet, swap_shares, swapped_prompts, wilson
+from support.files import save_whole
+from t5_encoder import T5Config, T5Encoder
+from toy import world
+from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts, wilson
 from toy.export import main as export
 from toy.export import quantized
 from toy.judge import cross_check, load_judge
 from toy.mel import log_mel, mel_filters, mel_spectrogram
-from toy.signals import READERS, onsets, pitch
+from toy.signals import READERS, pitch
 from toy.train_codec import draw_cuts, reconstruction_losses, revive_dead_codes
 from toy.train_codec import main as train_codec
 from toy.train_text import draw_caption, read_attributes, train_tokenizer
-from toy.world import (
-    ATTRIBUTES,
-    BEATS,
-    FRAME_RATE,
-    INSTRUMENTS,
-    KEYS,
-    SAMPLE_RATE,
-    STEPS,
-    UNSEEN_PAIRS,
-    WORDS,
-    caption,
-    combinations,
-    describe,
-    drum_hit,
-    example,
-    in_tune,
-    render,
-)
+from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, WORDS, caption, combinations, describe, render
 
 
 def play(seed=0, seconds=4.0, **attributes):
     """A clip of a flute that repeats one note in the middle register, without drums, but for what is asked."""
     plain = {"instrument": "flute", "melody": "repeated", "tempo": "medium", "register": "mid", "drums": "off"}
     return render(plain | attributes, np.random.default_rng(seed), seconds)
-
-
-def power(wav):
-    """Frequencies in Hz and the power at each."""
-    return np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), np.abs(np.fft.rfft(wav)) ** 2
 
 
 def strongest_partial(wav):
@@ -62,17 +43,13 @@ def strongest_partial(wav):
 
 # ----------------------------------------------------------------------------------------------------------- which clip
 
-@pytest.mark.parametrize("split", ["train", "valid", "unseen"])
-def test_example_is_always_the_same_clip(split):
-    wav, text, attributes = example(5, split, seed=3)
-    again, same_text, same_attributes = example(5, split, seed=3)
+def test_example_is_the_same_clip_for_the_same_three_numbers_only():
+    wav, text, attributes = world.example(5, "unseen", seed=3)
+    again, same_text, same_attributes = world.example(5, "unseen", seed=3)
     assert np.array_equal(wav, again) and (text, attributes) == (same_text, same_attributes)
-    assert describe(5, split, 3)[:2] == (attributes, text)
-
-
-def test_example_is_another_clip_for_another_index_seed_or_split():
+    assert describe(5, "unseen", 3)[:2] == (attributes, text)
     clips = (0, "train", 0), (1, "train", 0), (0, "train", 1), (0, "valid", 0)
-    assert len({example(*clip)[0].tobytes() for clip in clips}) == 4
+    assert len({world.example(*clip)[0].tobytes() for clip in clips}) == 4
 
 
 def test_combinations_hold_every_combination_once_and_only_the_named_pairs_are_unseen():
@@ -82,166 +59,74 @@ def test_combinations_hold_every_combination_once_and_only_the_named_pairs_are_u
     assert len(every) == 6 * 4 * 3 * 3 * 2
     assert {(row["instrument"], row["melody"]) for row in unseen} == UNSEEN_PAIRS
     assert not {(row["instrument"], row["melody"]) for row in train} & UNSEEN_PAIRS
-
-
-@pytest.mark.parametrize("split", ["train", "valid", "unseen"])
-def test_describe_draws_unseen_pairs_in_the_unseen_split_only(split):
-    pairs = {(a["instrument"], a["melody"]) for a, _, _ in (describe(i, split) for i in range(400))}
-    assert pairs == UNSEEN_PAIRS if split == "unseen" else not pairs & UNSEEN_PAIRS
-
-
-def test_describe_draws_every_single_value_for_training():
-    drawn = [describe(i)[0] for i in range(300)]
-    for name, values in ATTRIBUTES.items():
-        assert {attributes[name] for attributes in drawn} == set(values)
-
-
-def test_combinations_names_a_split_that_is_not_there():
     with pytest.raises(ValueError, match="train, valid, unseen.*'test'"):
         combinations("test")
 
 
+def test_describe_draws_every_single_value_for_training_and_unseen_pairs_in_the_unseen_split_only():
+    drawn = {split: [describe(i, split)[0] for i in range(200)] for split in ("train", "valid", "unseen")}
+    pairs = {split: {(row["instrument"], row["melody"]) for row in rows} for split, rows in drawn.items()}
+    assert pairs["unseen"] == UNSEEN_PAIRS and not (pairs["train"] | pairs["valid"]) & UNSEEN_PAIRS
+    for name, values in ATTRIBUTES.items():
+        assert {attributes[name] for attributes in drawn["train"]} == set(values)
+
+
 # ---------------------------------------------------------------------------------------------------- what can be heard
 
-def assert_audio(wav, samples):
-    assert wav.dtype == np.float32 and wav.shape == (samples,)
-    assert np.isfinite(wav).all() and 0.5 < np.abs(wav).max() <= 1
-
-
-def test_example_is_four_seconds_of_audio():
-    for index in range(8):
-        assert_audio(example(index)[0], 64_000)
-
-
-def test_render_plays_all_combinations():
-    for row in combinations("train") + combinations("unseen"):
-        assert_audio(render(row, np.random.default_rng(0), seconds=0.4), 6400)
-
-
-@pytest.mark.parametrize("seconds", [0.01, 0.33333, 1.37])
-def test_render_gives_any_length(seconds):
-    wav = play(seconds=seconds)
-    assert wav.shape == (round(seconds * SAMPLE_RATE),) and np.isfinite(wav).all()
+def test_render_plays_any_attributes_at_any_length():
+    rows = (combinations("train") + combinations("unseen"))[::5]  # 5 shares no factor with 432: all values
+    for seconds, row in zip([0.01, 0.33333, 1.37] + [0.4] * len(rows), [rows[0]] * 3 + rows, strict=True):
+        wav = render(row, np.random.default_rng(0), seconds)
+        assert wav.dtype == np.float32 and wav.shape == (round(seconds * SAMPLE_RATE),) and np.isfinite(wav).all()
+        assert 0.5 < np.abs(wav).max() <= 1, row
 
 
 def test_render_plays_the_same_attributes_differently_each_time():
-    assert len({play(seed).tobytes() for seed in range(8)}) == 8
-    assert {25 * round(strongest_partial(play(seed)) / 25) for seed in range(20)} == set(KEYS["mid"])
+    assert len({play(seed, 0.5).tobytes() for seed in range(8)}) == 8
+    assert {25 * round(strongest_partial(play(seed, 0.5)) / 25) for seed in range(20)} == set(world.KEYS["mid"])
 
 
-def test_in_tune_pitches_fill_two_frames_with_whole_periods_and_no_two_notes_of_a_melody_fall_together():
-    for keys in KEYS.values():
-        for key in keys:
-            notes = [in_tune(key * 2 ** (step / 12)) for step in STEPS["rising"]]
-            assert all(2 * note / FRAME_RATE == int(2 * note / FRAME_RATE) for note in notes)
-            assert len(set(notes)) == len(notes) and notes == sorted(notes)
-
-
-@pytest.mark.parametrize("instrument", INSTRUMENTS)
-def test_an_instrument_plays_a_note_the_same_way_every_time(instrument):
+def test_a_note_sounds_the_same_every_time_and_repeats_itself_every_two_frames():
+    """So that the codec can write it with the same codes again and again. No two notes of a melody fall together."""
     t = np.arange(8000) / SAMPLE_RATE
-    assert np.array_equal(*(INSTRUMENTS[instrument](400.0, t, 0.4) for _ in range(2)))
-    assert np.array_equal(drum_hit("snare"), drum_hit("snare"))
-
-
-def test_a_steady_note_repeats_itself_every_two_frames():
-    """So that the codec can write it with the same codes again and again."""
-    wav, period = play(instrument="organ", tempo="slow"), 2 * SAMPLE_RATE // FRAME_RATE
+    for instrument in world.INSTRUMENTS.values():
+        assert np.array_equal(*(instrument(400.0, t, 0.4) for _ in range(2)))
+    wav, period = play(instrument="organ", tempo="slow"), 2 * SAMPLE_RATE // world.FRAME_RATE
     held = wav[round(0.2 * SAMPLE_RATE):round(0.5 * SAMPLE_RATE)]
     assert np.abs(held[period:] - held[:-period]).max() < 1e-4 * np.abs(held).max()
+    for key in sum(world.KEYS.values(), ()):
+        notes = [world.in_tune(key * 2 ** (step / 12)) for step in world.STEPS["rising"]]
+        assert all(2 * note / world.FRAME_RATE == int(2 * note / world.FRAME_RATE) for note in notes)
+        assert len(set(notes)) == len(notes) and notes == sorted(notes)
 
 
-@pytest.mark.parametrize("instrument", INSTRUMENTS)
-def test_render_leaves_no_sound_too_low_to_hear(instrument):
+def test_render_leaves_no_sound_too_low_to_hear():
     """A constant offset would take the room of the music and mean nothing."""
-    for register in ("mid", "high"):
-        for seed in range(3):
-            hertz, energy = power(play(seed, 2, instrument=instrument, register=register))
-            assert energy[hertz < 40].sum() < 0.02 * energy.sum(), (register, seed)
+    for instrument in world.INSTRUMENTS:
+        for register in ("mid", "high"):
+            wav = play(0, 2, instrument=instrument, register=register)
+            hertz, energy = np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), np.abs(np.fft.rfft(wav)) ** 2
+            assert energy[hertz < 40].sum() < 0.02 * energy.sum(), (instrument, register)
 
 
-@pytest.mark.parametrize("tempo, beats", [("slow", (4, 6)), ("medium", (7, 9)), ("fast", (11, 13))])
-@pytest.mark.parametrize("melody", ["repeated", "rising"])
-def test_tempo_is_the_number_of_notes(tempo, beats, melody):
-    for seed in range(3):
-        assert beats[0] <= len(onsets(play(seed, instrument="organ", tempo=tempo, melody=melody))) <= beats[1]
-
-
-@pytest.mark.parametrize("instrument", INSTRUMENTS)
-def test_tempo_can_be_heard_from_every_instrument_with_drums(instrument):
-    def flashes(tempo):
-        """How many hits there are above 6 kHz, where mostly cymbals sound; three clips."""
-        total = 0
-        for seed in range(3):
-            wav = play(seed, instrument=instrument, tempo=tempo, register="low", drums="on")
-            spectrum = np.fft.rfft(wav)
-            spectrum[np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE) < 6000] = 0
-            total += len(onsets(np.fft.irfft(spectrum, len(wav)).astype(np.float32)))
-        return total
-    slow, medium, fast = map(flashes, ATTRIBUTES["tempo"])
-    assert slow < 0.8 * medium and medium < 0.9 * fast
-
-
-@pytest.mark.parametrize("register", ["low", "mid", "high"])
-@pytest.mark.parametrize("instrument", ["flute", "lead", "chip", "organ", "pluck"])
-def test_register_is_the_octave_of_the_pitch(instrument, register):
+def test_register_is_the_octave_of_the_pitch():
     """The strongest partial of a flute is its note, and other instruments repeat themselves at the flute's pitch."""
-    for seed in range(3):
-        heard = pitch(play(seed, instrument=instrument, register=register)[1600:4800])
-        note = strongest_partial(play(seed, register=register))
-        assert min(abs(note - key) for key in KEYS[register]) < 2
-        assert heard == pytest.approx(note, rel=0.06)
-
-
-def test_register_moves_all_the_partials_of_a_bell():
-    def middle(register):
-        """The frequency with half of the power below it; the mean of three clips."""
-        medians = []
-        for seed in range(3):
-            hertz, energy = power(play(seed, 2, instrument="bell", register=register))
-            medians.append(hertz[np.searchsorted(energy.cumsum(), energy.sum() / 2)])
-        return np.mean(medians)
-    low, mid, high = map(middle, ("low", "mid", "high"))
-    assert 2 * low < mid and 2 * mid < high
-
-
-@pytest.mark.parametrize("instrument", INSTRUMENTS)
-def test_drums_can_be_heard_as_noise_beside_every_instrument(instrument):
-    def hiss(drums):
-        hertz, energy = power(play(0, 2, instrument=instrument, register="low", drums=drums))
-        return energy[hertz > 6500].sum() / energy.sum()
-    # A plucked string begins with a burst of noise itself.
-    assert hiss("on") > (1.2 if instrument == "pluck" else 5) * hiss("off") and hiss("on") > 0.003
-
-
-def test_drums_hit_below_a_high_melody():
-    def rumble(drums):
-        hertz, energy = power(play(0, 2, register="high", drums=drums))
-        return energy[(hertz > 40) & (hertz < 150)].sum() / energy.sum()
-    assert rumble("on") > 0.05 and rumble("off") < 0.01
+    for register, keys in world.KEYS.items():
+        note = strongest_partial(play(register=register))
+        assert min(abs(note - key) for key in keys) < 2
+        for instrument in ("flute", "lead", "chip", "organ", "pluck"):
+            heard = pitch(play(seconds=1, instrument=instrument, register=register)[1600:4800])
+            assert heard == pytest.approx(note, rel=0.06), instrument
 
 
 @pytest.mark.parametrize("melody, steps", [
     ("rising", [2, 2, 3, 2]), ("falling", [-3, -2, -3, -2]), ("arpeggio", [4, 3, 5, -5]), ("repeated", [0, 0, 0, 0])])
 def test_melody_is_the_order_of_the_pitches(melody, steps):
-    """The notes of slow flutes, in semitones from one to the next; the world's tuning is up to 0.7 off."""
-    for seed in range(3):
-        wav = play(seed, melody=melody, tempo="slow")
-        beat = BEATS["slow"] / FRAME_RATE
-        starts = [int((0.03 + (i + 0.25) * beat) * SAMPLE_RATE) for i in range(5)]
-        notes = [12 * np.log2(strongest_partial(wav[start:start + int(0.5 * beat * SAMPLE_RATE)])) for start in starts]
-        assert np.diff(notes) == pytest.approx(steps, abs=0.7)
-
-
-def test_instruments_differ_in_their_spectrum_when_they_play_the_same_note():
-    profiles = []
-    for instrument in INSTRUMENTS:
-        mel = mel_spectrogram(torch.from_numpy(play(0, 2, instrument=instrument))[None], SAMPLE_RATE)
-        mel[:, :1] = 0  # below 40 Hz
-        profiles.append(mel.mean(dim=2)[0] / mel.mean(dim=2).norm())
-    for i, a in enumerate(profiles):
-        for j, b in enumerate(profiles):
-            assert (a @ b < 0.95) == (i != j), (INSTRUMENTS[i], INSTRUMENTS[j])
+    """The notes of a slow flute, in semitones from one to the next; the world's tuning is up to 0.7 off."""
+    wav, beat = play(melody=melody, tempo="slow"), world.BEATS["slow"] / world.FRAME_RATE
+    starts = [int((0.03 + (i + 0.25) * beat) * SAMPLE_RATE) for i in range(5)]
+    notes = [12 * np.log2(strongest_partial(wav[start:start + int(0.5 * beat * SAMPLE_RATE)])) for start in starts]
+    assert np.diff(notes) == pytest.approx(steps, abs=0.7)
 
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -257,27 +142,20 @@ def says(text):
     return said
 
 
-def test_words_are_given_for_every_value_and_no_two_values_share_one():
+def test_caption_says_every_attribute_truly_and_nothing_of_what_it_was_not_told():
+    rng = np.random.default_rng(0)
+    for index in range(200):
+        attributes, text, _ = describe(index)
+        assert says(text) == attributes, text
+        some = {name: value for name, value in attributes.items() if rng.random() < 0.5}
+        text = caption(some, rng)
+        assert says(text) == some, text
+
+
+def test_caption_varies_its_words_and_their_order_and_no_two_values_share_a_word():
     assert {name: tuple(values) for name, values in WORDS.items()} == ATTRIBUTES
     words = [word for values in WORDS.values() for synonyms in values.values() for word in synonyms]
     assert len(set(words)) == len(words)
-
-
-def test_caption_says_every_attribute_truly():
-    for index in range(400):
-        attributes, text, _ = describe(index)
-        assert says(text) == attributes, text
-
-
-def test_caption_says_nothing_of_what_it_was_not_told():
-    rng = np.random.default_rng(0)
-    for index in range(400):
-        attributes = {name: value for name, value in describe(index)[0].items() if rng.random() < 0.5}
-        text = caption(attributes, rng)
-        assert says(text) == attributes, text
-
-
-def test_caption_varies_its_words_and_their_order():
     attributes = describe(0)[0]
     texts = [caption(attributes, np.random.default_rng(i)) for i in range(200)]
     assert len(set(texts)) > 100
@@ -295,43 +173,34 @@ def encoder():
     return T5Encoder.from_pretrained("toy")
 
 
-def test_the_toy_tokenizer_knows_every_caption(encoder):
-    rng = np.random.default_rng(0)
-    model = encoder.tokenizer.model
-    for _ in range(500):
-        text, _ = draw_caption(rng)
-        ids = model.encode(text)
-        assert model.unk_id() not in ids and model.decode(ids) == text
+def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_tokenizer_knows(encoder):
+    rng, tokenizer = np.random.default_rng(0), encoder.tokenizer
+    for _ in range(200):
+        text, labels = draw_caption(rng)
+        said, ids = says(text), tokenizer.encode(text)
+        assert labels == [values.index(said[name]) if name in said else len(values)
+                          for name, values in ATTRIBUTES.items()], text
+        assert tokenizer.unk_id() not in ids and tokenizer.decode(ids) == text
 
 
 def test_the_toy_encoder_gives_captions_of_other_attributes_other_embeddings(encoder):
     def embed(**changes):
-        """Mean embedding, over twenty wordings."""
+        """Mean embedding, over ten wordings."""
         attributes = describe(0)[0] | changes
-        texts = [caption(attributes, np.random.default_rng(i)) for i in range(20)]
+        texts = [caption(attributes, np.random.default_rng(i)) for i in range(10)]
         rows, mask = encoder.encode_text(texts)
         return (rows.sum(dim=1) / mask.sum(dim=1, keepdim=True)).mean(dim=0)
     plain = embed()
     for name, values in ATTRIBUTES.items():
-        rows = [embed(**{name: value}) for value in values]
-        for i in range(len(rows)):
-            for j in range(i):
-                assert (rows[i] - rows[j]).norm() > 0.1 * plain.norm(), (name, values[i], values[j])
-
-
-def test_draw_caption_gives_labels_that_are_true_of_the_caption():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        text, labels = draw_caption(rng)
-        said = says(text)
-        for label, (name, values) in zip(labels, ATTRIBUTES.items(), strict=True):
-            assert label == (values.index(said[name]) if name in said else len(values)), text
+        rows = torch.stack([embed(**{name: value}) for value in values])
+        assert torch.pdist(rows).min() > 0.1 * plain.norm(), name
 
 
 def test_train_tokenizer_writes_a_tokenizer_with_the_special_ids_of_t5(tmp_path):
-    train_tokenizer(tmp_path / "spiece.model", np.random.default_rng(0), 200, n_captions=500)
-    ids, _ = Tokenizer(tmp_path / "spiece.model")(["a slow flute"])
-    assert ids[0, -1] == 1 and not (ids == 2).any()
+    pieces = train_tokenizer(tmp_path / "spiece.model", np.random.default_rng(0), 200, n_captions=500)
+    encoder = T5Encoder(T5Config(pieces, 8, 4, 8, 1, 2), tmp_path / "spiece.model")  # refuses other ids for pad and EOS
+    ids, _ = encoder.tokenize(["a slow flute"])
+    assert ids[0, -1] == 1 and not (ids == 2).any(), "ends in EOS, and no piece is unknown"
 
 
 def test_read_attributes_does_not_look_at_padding():
@@ -346,13 +215,13 @@ def test_read_attributes_does_not_look_at_padding():
 
 # ------------------------------------------------------------------------------------------------- the codec's training
 
-@pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048])
-def test_mel_filters_cover_all_frequencies(n_fft):
-    filters = mel_filters(SAMPLE_RATE, n_fft, 64)
-    assert filters.shape == (n_fft // 2 + 1, 64) and (filters >= 0).all() and (filters <= 1).all()
-    assert (filters.sum(dim=1)[1:-1] > 0).all(), "but for 0 Hz and the Nyquist frequency, their outer edges"
-    centres = [column.argmax().item() for column in filters.T if column.any()]
-    assert centres == sorted(centres)
+def test_mel_filters_cover_all_frequencies():
+    for n_fft in (256, 2048):
+        filters = mel_filters(SAMPLE_RATE, n_fft, 64)
+        assert filters.shape == (n_fft // 2 + 1, 64) and (filters >= 0).all() and (filters <= 1).all()
+        assert (filters.sum(dim=1)[1:-1] > 0).all(), "but for 0 Hz and the Nyquist frequency, their outer edges"
+        centres = [column.argmax().item() for column in filters.T if column.any()]
+        assert centres == sorted(centres)
 
 
 def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor():
@@ -363,6 +232,15 @@ def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor(
     band = mel.mean(dim=2).argmax().item()
     assert edges[band] < 1000 < edges[band + 2]
     assert log_mel(torch.zeros(1)).item() == pytest.approx(np.log(1e-2))
+
+
+def test_training_goes_through_mel_filters_that_were_first_wanted_in_inference_mode():
+    mel_filters.cache_clear()
+    with torch.inference_mode():
+        mel_spectrogram(torch.randn(1, 4000), SAMPLE_RATE)
+    wav = torch.randn(1, 4000, requires_grad=True)
+    mel_spectrogram(wav, SAMPLE_RATE).sum().backward()
+    assert wav.grad.abs().sum() > 0
 
 
 def test_reconstruction_losses_are_zero_for_the_same_audio_and_grow_with_the_error():
@@ -385,7 +263,7 @@ def test_draw_cuts_gives_pieces_of_the_clips():
 def test_revive_dead_codes_moves_dead_entries_onto_residuals_and_no_others():
     torch.manual_seed(0)
     config = CodecConfig(ratios=(2,), n_codebooks=2, codebook_size=8, dimension=4, n_filters=2)
-    quantizer = Codec.from_config(config).model.quantizer
+    quantizer = Codec(config).model.quantizer
     for layer in quantizer.vq.layers:
         layer._codebook.embed.normal_()
         layer._codebook.inited.fill_(True)
@@ -404,65 +282,70 @@ def test_revive_dead_codes_moves_dead_entries_onto_residuals_and_no_others():
             torch.testing.assert_close(book.embed_avg[entry] / book.cluster_size[entry], book.embed[entry])
             assert book.cluster_size[entry] > 0.1
         residual = residual - book.embed[torch.cdist(residual, book.embed).argmin(dim=1)]
+    quantizer.vq.layers[0]._codebook.cluster_size.zero_()
+    revive_dead_codes(quantizer, latents[:1, :, :5])
+    assert (quantizer.vq.layers[0]._codebook.cluster_size > 0.1).sum() == 5, "more dead entries than latents"
 
 
-def test_revive_dead_codes_survives_more_dead_entries_than_latents():
-    config = CodecConfig(ratios=(2,), n_codebooks=2, codebook_size=16, dimension=4, n_filters=2)
-    quantizer = Codec.from_config(config).model.quantizer
-    revive_dead_codes(quantizer, torch.randn(1, 4, 5))
-    assert (quantizer.vq.layers[0]._codebook.cluster_size > 0.1).sum() == 5
+def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_codec.py", "--out", str(tmp_path), "--steps", "5", "--clips", "3",
+                                      "--batch-size", "2", "--seconds", "0.1"])
+    train_codec()
+    codec = load_codec(tmp_path / "codec.pt")
+    assert all(layer._codebook.inited and layer._codebook.embed.any() for layer in codec.model.quantizer.vq.layers)
 
+
+# --------------------------------------------------------------------------------------------------------------- export
 
 def test_quantized_weights_come_back_within_half_a_step_of_each_row():
     state = {"matrix": torch.randn(5, 40) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [0.2]]), "norm": torch.rand(7)}
     small, scales = quantized(state)
-    back = dequantized(small, scales)
     assert small["matrix"].dtype == torch.int8 and scales["matrix"].shape == (5, 1) and "norm" not in scales
-    error = (back["matrix"] - state["matrix"]).abs().amax(dim=1)
+    error = (small["matrix"] * scales["matrix"] - state["matrix"]).abs().amax(dim=1)
     assert (error <= state["matrix"].abs().amax(dim=1) / 127 * 0.501).all()
-    assert torch.equal(back["norm"], state["norm"].half())
+    assert torch.equal(small["norm"], state["norm"].half())
 
 
-def test_export_keeps_what_sampling_needs_in_few_bits(tmp_path, monkeypatch):
-    content = {"config": {"a": 1}, "model_config": {"b": 2}, "codec": "toy", "text_encoder": "toy", "step": 7,
-               "codec_id": "c0", "text_encoder_id": "e0",
-               "ema": {"w": torch.rand(3)}, "model": {"w": torch.rand(3)}, "optimizer": {}, "rng": {}}
-    torch.save(content, tmp_path / "checkpoint.pt")
-    monkeypatch.setattr("sys.argv", ["export.py", str(tmp_path), str(tmp_path / "small.pt")])
-    export()
-    small = torch.load(tmp_path / "small.pt", weights_only=True)
-    assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling", "scales"}
-    assert torch.equal(small["ema"]["w"], content["ema"]["w"].half())
-
-
-def test_sampling_settings_that_are_exported_become_the_models_own(make_magnet, tmp_path, monkeypatch):
+def test_export_keeps_what_sampling_needs_in_few_bits_and_sampling_flags_become_the_models_own(
+        make_magnet, tmp_path, monkeypatch):
     model = make_magnet()
-    names = {"codec": "toy", "text_encoder": "toy", "codec_id": "c0", "text_encoder_id": "e0"}
-    torch.save({"config": {}, "model_config": vars(model.config), "step": 7, "ema": model.state_dict(), **names},
-               tmp_path / "checkpoint.pt")
+    content = {"config": {"a": 1}, "model_config": vars(model.config), "codec": "../codec.pt", "text_encoder": "toy",
+               "step": 7, "codec_id": "c0", "text_encoder_id": "e0", "ema": model.state_dict(), "model": {},
+               "optimizer": {}, "rng": {}}
+    save_whole(content, tmp_path / "run" / "checkpoint.pt")
+    (tmp_path / "codec.pt").touch()
     flags = "--guidance-start 3 --top-p 0.9 --decoding-steps 40 10 10 10".split()
-    monkeypatch.setattr("sys.argv", ["export.py", str(tmp_path), str(tmp_path / "small.pt"), *flags])
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "run"), str(tmp_path / "out/small.pt"), *flags])
     export()
-    own = load_model(tmp_path / "small.pt")[1]["sampling"]
-    assert own == {"guidance_start": 3.0, "decoding_steps": (40, 10, 10, 10)}, "what is not the default anyway"
-    assert "sampling" not in load_model(tmp_path)[1], "a training run has none"
+    small = torch.load(tmp_path / "out/small.pt", weights_only=True)
+    assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling", "scales"}
+    loaded, own = load_model(tmp_path / "out/small.pt")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=5e-3, rtol=0)  # up to 1.06 / 254
+    assert own.sampling == {"guidance_start": 3.0, "decoding_steps": (40, 10, 10, 10)}, "what is not the default anyway"
+    assert load_model(tmp_path / "run")[1].sampling == {}, "a training run has none"
+    assert Path(own.codec).samefile(tmp_path / "codec.pt"), "beside the run, and now beside the export"
 
 
 @pytest.mark.parametrize("name, objective", [("toy", "magnet"), ("toy-ar", "ar"), ("toy-hybrid", "hybrid")])
-def test_every_model_that_ships_reads_the_codec_and_the_text_encoder_that_ship(name, objective):
-    model, names = load_model(name)
-    check_same(names, load_codec("toy"), T5Encoder.from_pretrained("toy"))
+def test_every_model_that_ships_reads_the_codec_and_the_text_encoder_that_ship(name, objective, encoder):
+    model, companions = load_model(name)
+    companions.check(load_codec("toy"), encoder)
     assert model.config.objective == objective
 
 
-def test_the_judge_that_ships_knows_the_world_as_it_is():
-    """A changed world without a retrained judge would make every adherence number wrong."""
+# ------------------------------------------------------------------------------------------------ judge and evaluation
+
+def test_the_judge_that_ships_hears_every_attribute_of_the_world_as_it_is():
+    """From every instrument, with drums and without. A changed world without a retrained judge would make every
+    adherence number wrong."""
     rng, judge = np.random.default_rng(5), load_judge()
-    for i, instrument in enumerate(ATTRIBUTES["instrument"]):
-        rows = [row for row in combinations("train") if row["instrument"] == instrument]
-        drawn = [rows[k] for k in rng.integers(len(rows), size=12)]
-        read = judge.read(torch.stack([torch.from_numpy(render(attributes, rng)) for attributes in drawn]))
-        assert (read[:, 0] == i).float().mean() >= 0.9
+    rows = combinations("train")
+    rows = [rows[k] for k in rng.permutation(len(rows))[:60]]
+    read = judge.read(torch.stack([torch.from_numpy(render(row, rng)) for row in rows]))
+    labels = torch.stack([labels_of(row) for row in rows])
+    for k, (name, values) in enumerate(ATTRIBUTES.items()):
+        for i, value in enumerate(values):
+            assert (read[:, k] == i)[labels[:, k] == i].float().mean() >= 0.9, (name, value)
 
 
 def test_frechet_distance_of_shifted_gaussians_is_the_squared_shift():
@@ -480,20 +363,20 @@ def test_wilson_interval_holds_the_share_and_narrows_with_n():
 
 def test_plain_measures_read_tempo_register_and_melody_of_an_organ():
     """The judge is judged by what nothing was learned for."""
-    plain = {"instrument": "organ", "melody": "rising", "tempo": "medium", "register": "mid", "drums": "off"}
     for name, measure in READERS["toy"].items():
         for value in ATTRIBUTES[name]:
-            assert measure(render(plain | {name: value}, np.random.default_rng(1))) == value, (name, value)
+            wav = play(1, **{"instrument": "organ", "melody": "rising"} | {name: value})
+            assert measure(wav) == value, (name, value)
 
 
 def test_the_judge_and_the_plain_measures_agree():
     rng = np.random.default_rng(3)
     rows = [row for row in combinations("train") if row["drums"] == "off"]
-    rows = [rows[k] for k in rng.integers(len(rows), size=40)]
+    rows = [rows[k] for k in rng.integers(len(rows), size=32)]
     wav = torch.from_numpy(np.stack([render(row, rng) for row in rows]))
-    labels = torch.tensor([[values.index(row[name]) for name, values in ATTRIBUTES.items()] for row in rows])
-    for name, (n, (measured, heard, alike)) in cross_check(load_judge(), wav, labels).items():
-        assert n >= 25 and min(measured, heard, alike) > 0.8, name
+    found = cross_check(load_judge(), wav, torch.stack([labels_of(row) for row in rows]))
+    for name, (n, (measured, heard, alike)) in found.items():
+        assert n >= 20 and min(measured, heard, alike) > 0.8, name
 
 
 def test_swapped_prompts_differ_in_the_words_for_one_attribute_only():
@@ -512,32 +395,3 @@ def test_swap_shares_count_a_case_only_if_the_attribute_changes_and_no_other():
     after = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]])  # as asked, no change, another moved, as asked
     changed, stays, both = (case["share"] for case in swap_shares(before, after, labels, which).values())
     assert (changed, stays, both) == (0.75, 7 / 8, 0.5)
-
-
-def test_training_goes_through_mel_filters_that_were_first_wanted_in_inference_mode():
-    mel_filters.cache_clear()
-    with torch.inference_mode():
-        mel_spectrogram(torch.randn(1, 4000), SAMPLE_RATE)
-    wav = torch.randn(1, 4000, requires_grad=True)
-    mel_spectrogram(wav, SAMPLE_RATE).sum().backward()
-    assert wav.grad.abs().sum() > 0
-
-
-def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_codec.py", "--out", str(tmp_path), "--steps", "5", "--clips", "3",
-                                      "--batch-size", "2", "--seconds", "0.1"])
-    train_codec()
-    codec = load_codec(tmp_path / "codec.pt")
-    assert all(layer._codebook.inited and layer._codebook.embed.any() for layer in codec.model.quantizer.vq.layers)
-
-
-def test_evaluate_lets_the_rescorer_have_its_say():
-    config = SamplingConfig(decoding_steps=(4, 1, 1, 1))
-    numbers = [evaluate("toy", config, torch.device("cpu"), n=4, floors=False, losses=False, repeated=1, **rescorer)
-               for rescorer in ({}, {"rescorer": "toy-ar", "rescorer_weight": 0.0}, {"rescorer": "toy-ar"})]
-    assert numbers[0]["frechet"] == numbers[1]["frechet"] != numbers[2]["frechet"]
-
-
-def test_evaluate_refuses_to_rescore_an_autoregressive_model():
-    with pytest.raises(ValueError, match="only parallel decoding can be rescored"):
-        evaluate("toy-ar", SamplingConfig(), torch.device("cpu"), rescorer="toy")

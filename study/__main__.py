@@ -26,8 +26,8 @@ def listing(folder):
     from study.exercises import EXERCISES, state
 
     say("The exercises, in reading order; study/README.md leads through them.\n")
-    for exercise in EXERCISES.values():
-        say(f"{exercise.number:3}  {exercise.name:26} {exercise.place:22} {state(exercise, folder)}")
+    for number, exercise in enumerate(EXERCISES.values(), start=1):
+        say(f"{number:3}  {exercise.name:26} {exercise.place:22} {state(exercise, folder)}")
 
 
 def with_mine(folder, module, arguments):

@@ -1,11 +1,9 @@
-"""The exercises: a path of 30 functions beside the paper, their templates, hints, examples, and how far you are.
-
-`exercises.md` holds, for each, examples with a sentence of what they claim, and three hints.
-"""
+"""The exercises of `exercises.md`: their templates, hints and examples, and how far you are."""
 
 import ast
 import hashlib
 import json
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,73 +11,45 @@ from pathlib import Path
 from study import MODULES, ROOT
 from study.code import Function, functions
 
-PATH = {  # name: the function; those with a dot are methods
-    **{name: f"masking.{name}" for name in (
-        "cosine_schedule", "spans_from_starts", "span_mask", "expected_mask_rate", "spans_for_mask_rate",
-        "mask_codes")},
-    "masked_cross_entropy": "train.masked_cross_entropy",
-    "positions": "model.positions", "attention": "model.attention",
-    "restricted_attention_mask": "masking.restricted_attention_mask", "local_attention": "model.local_attention",
-    "block": "model.Block.forward", "relative_buckets": "t5_encoder.relative_buckets",
-    "t5_attention": "t5_encoder.Attention.forward", "t5_feed_forward": "t5_encoder.FeedForward.forward",
-    "t5_block": "t5_encoder.Block.forward",
-    **{name: f"sample.{name}" for name in (
-        "guidance_scale", "guided_logits", "annealed_temperature", "nucleus", "draw", "span_confidence",
-        "hide_nonoverlapping", "spans_to_hide", "decode_stage", "rescored")},
-    "causal_attention_mask": "masking.causal_attention_mask", "delay_codes": "masking.delay_codes",
-    "decode_autoregressively": "sample.decode_autoregressively",
-    "hybrid_attention_mask": "masking.hybrid_attention_mask",
-}
-PLACES = {  # of those whose docstring has no tag
-    "positions": "as released", "relative_buckets": "T5", "t5_attention": "T5", "t5_feed_forward": "T5",
-    "t5_block": "T5", "draw": "Sec. 3.3", "block": "Sec. 2"}
-
 
 @dataclass
 class Exercise:
-    """name: also of the file in my/; examples: (claim, lines of a doctest); hints: three."""
+    """name: also of the file in my/; examples: (claim, lines of a doctest); hints: three. In reading order."""
 
     name: str
-    number: int
     function: Function
+    place: str
     examples: list
     hints: list
 
-    @property
-    def place(self):
-        return self.function.place or PLACES[self.name]
-
 
 def read_book():
-    """exercises.md -> {name: ([(claim, doctest)], [hint])}."""
+    """exercises.md -> {name: Exercise}; those without hints are no exercises, but claims about a function."""
     book, text = {}, (ROOT / "study" / "exercises.md").read_text(encoding="utf-8")
-    for section in text.split("\n## ")[1:]:
-        name, _, body = section.partition("\n")
-        claims, hints = [], []
-        for block in body.strip("\n").split("\n\n"):
+    for section in re.split(r"^##? ", text, flags=re.MULTILINE):
+        head = re.match(r"(\w+): ([\w.]+)(?: \[(.+)\])?\n", section)
+        if not head:
+            continue
+        claims, hints, function = [], [], functions()[head[2]]
+        for block in section[head.end():].strip("\n").split("\n\n"):
             if block.startswith("    "):
                 claims[-1][1].append(textwrap.dedent(block) + "\n")
             elif block.startswith("1. "):
                 hints += [line[3:] for line in block.splitlines()]
             else:
                 claims.append((block.rstrip(":"), []))
-        book[name] = [(claim, "\n".join(code)) for claim, code in claims], hints
+        examples = [(claim, "\n".join(code)) for claim, code in claims]
+        book[head[1]] = Exercise(head[1], function, function.place or head[3], examples, hints)
     return book
 
 
-def read_exercises():
-    found, book = functions(), read_book()
-    return {name: Exercise(name, number, found[target], *book.get(name, ([], [])))
-            for number, (name, target) in enumerate(PATH.items(), start=1)}
+BOOK = read_book()
+EXERCISES = {name: exercise for name, exercise in BOOK.items() if exercise.hints}
 
 
-EXERCISES = read_exercises()
-
-
-def examples_of(name):
-    """The examples about a function, exercise or not: of "module.name", from the book."""
-    section = next((exercise for exercise, function in PATH.items() if function == name), name)
-    return read_book().get(section, ([], []))[0]
+def examples_of(function):
+    """The examples about a function, exercise or not."""
+    return next((entry.examples for entry in BOOK.values() if entry.function is function), [])
 
 
 def find(name):
@@ -96,29 +66,32 @@ def source(function):
 
 
 def template(exercise):
-    """What `start` writes: what may be imported, the signature, the docstring; no solution."""
-    function, text = exercise.function, source(exercise.function)
-    head = text.splitlines()[:function.node.body[0].lineno - function.node.lineno + len(function.node.decorator_list)]
+    """What `start` writes: what may be imported, the signature, the docstring with an example; no solution."""
+    function = exercise.function
+    owner = functions()[f"{function.module}.{function.name.rpartition('.')[0] or function.name}"]
     tree = ast.parse((ROOT / f"{function.module}.py").read_text(encoding="utf-8"))
     used = {node.id for node in ast.walk(function.node) if isinstance(node, ast.Name)}
-    lines = ["import math", "import torch", "import torch.nn.functional as F"]
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     imports = {function.module: [name for name in defined if name in used and name != function.name]}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module in (*MODULES, "support.training"):
             imports[node.module] = [alias.name for alias in node.names if alias.name in used]
-    lines += [f"from {module} import {', '.join(names)}" for module, names in imports.items() if names]
-    owner = functions()[f"{function.module}.{function.name.rpartition('.')[0] or function.name}"]
-    docstring, around = function.docstring or owner.docstring, ""
+    docstring = function.docstring or owner.docstring
     if ">>>" not in docstring:
         claim, code = exercise.examples[0]
         docstring = f"{docstring}\n\n{claim}:\n\n{code}".strip()
+    head = source(function).splitlines()[
+        :function.node.body[0].lineno - function.node.lineno + len(function.node.decorator_list)]
+    lines = [f'"""Exercise {[*EXERCISES].index(exercise.name) + 1} of {len(EXERCISES)}: {exercise.name} '
+             f'[{exercise.place}]. Then: python -m study check {exercise.name}"""', "",
+             "import math", "import torch", "import torch.nn.functional as F",
+             *(f"from {module} import {', '.join(names)}" for module, names in imports.items() if names)]
     if owner is not function:  # a method: what `self` has
-        around = f"\n\n# A method of {owner}, whose __init__ is ours:\n" + textwrap.indent(
-            source(functions()[f"{owner}.__init__"]), "#     ", lambda line: True)
-    return (f'"""Exercise {exercise.number} of {len(EXERCISES)}: {exercise.name} [{exercise.place}]. '
-            f'Then: python -m study check {exercise.name}"""\n\n' + "\n".join(lines) + around + "\n\n\n"
-            + "\n".join(head) + f'\n    """{textwrap.indent(docstring, "    ").strip()}\n    """\n    raise NotImplementedError("{exercise.name} is yours to write")\n')
+        lines += ["", f"# A method of {owner}, whose __init__ is ours:", textwrap.indent(
+            source(functions()[f"{owner}.__init__"]), "#     ", lambda line: True)]
+    lines += ["", "", *head, '    """' + textwrap.indent(docstring, "    ").strip(), '    """',
+              f'    raise NotImplementedError("{exercise.name} is yours to write")', ""]
+    return "\n".join(lines)
 
 
 def start(exercise, folder):
@@ -132,8 +105,6 @@ def start(exercise, folder):
         raise ValueError(f"{path} is there already, and stays as it is") from error
     print(f"{path} is yours to fill in; then: python -m study check {exercise.name}")
 
-
-# ------------------------------------------------------------------------------------------------------------- progress
 
 def progress(folder, exercise=None, **news):
     """{name: what is known of it}, kept in the folder; of an exercise, `news` is added first."""

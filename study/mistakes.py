@@ -82,7 +82,7 @@ def try_one(mistake):
         from study.check import run_claims
         from study.exercises import examples_of
         function = functions()[mistake.function]
-        results = run_claims(function, examples_of(mistake.function), stop=True)
+        results = run_claims(function, examples_of(function), stop=True)
         os.chdir(ROOT)
         return next(((f.claim, f.is_reference) for _, f in results if f), (None, False))
 

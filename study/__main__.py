@@ -8,7 +8,6 @@
     python -m study play "PROMPT" ...      sample.py with all of yours in place
     python -m study train ...              train.py with all of yours in place
     python -m study mistakes [NAME ...]    plants the classic mistakes; says which claim catches each
-    python -m study cost [NAME ...]        what mistakes in decoding cost, by the toy world's judge
     python -m study watch "PROMPT" ...     one decode as a page for the browser, with the sound of every step
     python -m study map [--check | --write]   the paper's parts, their functions and tests
 """
@@ -48,8 +47,7 @@ def main():
     parser = Parser(prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--my", type=Path, default=ROOT / "my", help="the folder of your functions (default: my)")
     parser.add_argument("command", nargs="?", default="list", choices=(
-        "list", "start", "check", "hint", "show", "play", "train", "mistakes", "cost", "watch",
-        "map"), metavar="COMMAND")
+        "list", "start", "check", "hint", "show", "play", "train", "mistakes", "watch", "map"), metavar="COMMAND")
     parser.add_argument("names", nargs=argparse.REMAINDER, metavar="...", help="what the command takes")
     args = parser.parse_args()
     command, names, folder = args.command, args.names, args.my.resolve()
@@ -65,9 +63,6 @@ def main():
     elif command == "mistakes":
         from study.mistakes import plant_all
         sys.exit(plant_all(names))
-    elif command == "cost":
-        from study.cost import cost
-        cost(names)
     else:
         from study import exercises
         chosen = [exercises.find(name) for name in names]

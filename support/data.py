@@ -197,9 +197,8 @@ def cut_clips(blocks, length):
 
 
 def read_clips(entries, length):
-    """Read entries one after another, at most `BATCH` clips at a time: yield (key, clips (b, 1, length), how many
-    samples of each are audio); and at the end of each entry (key, None, [what is odd]), or ValueError or OSError there.
-    """
+    """Read entries one after another: yield (key, (b, 1, length) of at most `BATCH` clips, how many samples of each are
+    audio), and at the end of each entry (key, None, [what is odd about it] or the error that stopped it)."""
     for entry in entries:
         odd, silent, count = [], 0, 0
         try:

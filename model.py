@@ -276,7 +276,6 @@ TENSOR_NAMES = (  # ours -> AudioCraft's, see `support.files.rename`
 def load_model(name_or_path, device="cpu", dtype=torch.float32):
     """Load one of `TOY_MODELS`, a training run (its EMA weights), a checkpoint file, or a published model by its name
     or folder. Gives the MAGNeT, in eval mode and of type `dtype`, and its `Companions`.
-
     ValueError names an unknown model or a file that is damaged or does not fit; ConnectionError: a download failed.
     """
     name = str(name_or_path)
@@ -307,13 +306,13 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
 
 def read_audiocraft(content, path):
     """What a published `state_dict.bin` holds: (ModelConfig, state dict with our names, Companions)."""
-    settings, folder = read_settings(content["xp.cfg"], path), path.parent
+    fields, sampling, text_encoder = read_settings(content["xp.cfg"], path)
     ours = [(published, name) for name, published in TENSOR_NAMES]
     state = {rename(name, ours): tensor for name, tensor in content["best_state"].items()}
     for name in [name for name in state if name.endswith("cross_attn.q.weight")]:  # q, k and v stacked: q is apart here
         stacked = state[name]
         state[name], state[name.replace(".q.", ".kv.")] = stacked.tensor_split([len(stacked) // 3])
-    codec, has_t5 = folder / "compression_state_dict.bin", (folder / "spiece.model").is_file()
-    return ModelConfig(text_dim=state["text_proj.weight"].shape[1], **settings.model), state, Companions(
+    folder, codec = path.parent, path.with_name("compression_state_dict.bin")
+    return ModelConfig(text_dim=state["text_proj.weight"].shape[1], **fields), state, Companions(
         str(codec) if codec.is_file() else beside(folder, "facebook/encodec_32khz"),
-        str(folder) if has_t5 else beside(folder, settings.text_encoder), sampling=settings.sampling)
+        str(folder) if (folder / "spiece.model").is_file() else beside(folder, text_encoder), sampling=sampling)

@@ -14,8 +14,6 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# ------------------------------------------------------------------------------------------------------------- configs
-
 def option(default=dataclasses.MISSING, help="", choices=None, low=None, high=None, above=None, flag=None):
     """A field of a `Config`: its default, its meaning, and what it may be: one of `choices`, or low <= x <= high, or
     x > above. In a tuple the bounds hold for each number. A default of None allows None, for "not given".
@@ -81,8 +79,6 @@ def from_flags(args, config):
     return dataclasses.replace(config, **given)
 
 
-# ------------------------------------------------------------------------------------------------------------- devices
-
 def pick_device(name):
     """"auto" -> CUDA, else Apple's MPS, else the CPU; any other name is checked. ValueError where it is not there."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -110,8 +106,6 @@ def pick_dtype(name, device):
         return torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else torch.float32
     return torch.float16
 
-
-# ------------------------------------------------------------------------------------------------------------ commands
 
 def say(text):
     """Print a line, in the first of torchrun's processes; a reader that has gone away (`| head`) stops no work."""

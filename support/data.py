@@ -71,8 +71,6 @@ class Clips:
         return {"codes": self.codes[rows].long(), "text": text, "text_mask": text_mask, "valid": valid}
 
 
-# -------------------------------------------------------------------------------------------------------------- sources
-
 def texts_of(content, where, *keys):
     """The texts under some keys of the JSON record that the bytes `content` hold; ValueError says where they do not."""
     try:
@@ -146,8 +144,6 @@ def find_entries(data, audio_key, caption_key, sample_rate):
             skipped.append((name, str(error)))
     return entries, skipped, len(captions)
 
-
-# ------------------------------------------------------------------------------------------------------------- encoding
 
 def store(path, fresh):
     """The dictionary in the file `path`, to which `fresh` is added; a damaged file is made again, with a word."""

@@ -117,23 +117,25 @@ def say(text):
 
 
 def run(main):
-    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2. A warning
-    is one line, too.
+    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2.
 
-    Ctrl-C and SIGTERM raise KeyboardInterrupt, so that both are treated alike: exit code 130 or 143.
+    A warning is one line there, too. Ctrl-C and SIGTERM raise KeyboardInterrupt, so that both are treated alike: exit
+    code 130 or 143.
     """
     def interrupt(number, _):
         raise KeyboardInterrupt(number)
 
+    def tell(kind, message):
+        print(f"{Path(sys.argv[0]).name}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
     signal.signal(signal.SIGTERM, interrupt)
-    command = Path(sys.argv[0]).name
-    warnings.showwarning = lambda message, *_: print(f"{command}: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: tell("warning", message)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell("error", error)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)

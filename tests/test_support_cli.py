@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import typing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +158,11 @@ def test_run_ends_bad_input_with_one_line_and_code_2(error, capsys):
 def test_run_ends_a_stop_with_the_code_of_its_signal(stop, code, capsys):
     ended = end_with(stop, capsys)
     assert ended.code == code and ended.err == "stopped\n"
+
+
+def test_run_tells_a_warning_in_one_line(call):
+    ended = call(SimpleNamespace(__name__="play", main=lambda: warnings.warn("it ends\nearly", stacklevel=1)))
+    assert (ended.code, ended.err) == (0, "play.py: warning: it ends early\n")
 
 
 def test_run_does_not_hide_a_bug():

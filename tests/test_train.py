@@ -27,10 +27,12 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from conftest import TINY, assert_one_line
+from filelock import FileLock
 from torch import nn
 
+import sample
 import train
-from encodec_wrap import Codec, load_codec
+from encodec_wrap import TOY_CODEC, Codec, load_codec
 from masking import causal_attention_mask, delay_codes, hybrid_attention_mask, spans_from_starts
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate
@@ -839,3 +841,49 @@ def test_train_only_encode_fills_the_cache_that_training_reads_and_stops_and_tou
     assert ended.code == 0 and "3 training clips and 3 validation clips of 1 s" in ended.out
     assert {path.name.split("-")[0] for path in Path("cache").glob("*.pt")} == {"codes", "text"}
     assert read_state(tiny_run)["step"] == 10 and sorted(os.listdir()) == ["cache", "song.txt", "song.wav"]
+
+
+# ---------------------------------------------------------------------------------------------------- runs that move
+
+def test_a_run_that_is_moved_with_its_codec_and_data_is_played_and_resumed(call, train_tiny, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "music").mkdir(parents=True)
+    shutil.copyfile(TOY_CODEC, here / "codec.pt")
+    soundfile.write(here / "music" / "a.wav", np.sin(np.arange(32_000) / 9) / 2, 16_000)
+    (here / "music" / "a.txt").write_text("a flute")
+    train_tiny(here / "run", f"--data {here}/music --codec {here}/codec.pt --steps 2")
+    here.rename(there)
+    assert call(sample, "a flute", "--model", there / "run", "--decoding-steps", 1).code == 0
+    kept = torch.load(there / "run" / "checkpoint.pt", weights_only=True)
+    assert (kept["codec"], kept["config"]["data"]) == (os.path.join("..", "codec.pt"), os.path.join("..", "music"))
+    assert call(train, "--out", there / "run", "--resume", "--cache", train_tiny.cache).code == 0
+    elsewhere = tmp_path / "elsewhere.pt"
+    (there / "codec.pt").rename(elsewhere)
+    assert_one_line(call(sample, "a flute", "--model", there / "run"), "codec.pt")
+    assert call(sample, "a flute", "--model", there / "run", "--codec", elsewhere, "--decoding-steps", 1).code == 0
+
+
+def test_resume_notices_that_the_data_set_has_changed(call, train_tiny, tmp_path):
+    music, run = tmp_path / "music", tmp_path / "run"
+    music.mkdir()
+    for name, caption in (("a", "a flute"), ("b", "a bell")):
+        soundfile.write(music / f"{name}.wav", np.sin(np.arange(16_000) / (9 + ord(name))) / 2, 16_000)
+        (music / f"{name}.txt").write_text(caption)
+    train_tiny(run, f"--data {music} --steps 2")
+    (music / "b.txt").write_text("a drum")
+    ended = call(train, "--out", run, "--resume", "--cache", train_tiny.cache)
+    assert ended.code == 2 and "music has changed since the run began" in ended.err.splitlines()[-1]
+
+
+def test_two_trainings_in_one_folder_are_refused(call, train_tiny, tmp_path):
+    with FileLock(tmp_path / ".lock"):
+        ended = call(train, "--out", tmp_path, "--cache", train_tiny.cache, *TINY)
+    assert ended.code == 2 and "another process trains there" in ended.err.splitlines()[-1]
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_init_from_a_model_of_another_objective_says_so(call, tiny_run, train_tiny, tmp_path):
+    flags = ["--init-from", tiny_run, "--objective", "ar", "--toy-clips", 24, "--steps", 1, "--cache", train_tiny.cache]
+    ended = call(train, "--out", tmp_path / "ar", *flags)
+    assert ended.code == 0 and "was trained for the objective magnet; this run is ar" in ended.out
+    assert_one_line(call(train, "--out", tmp_path / "b", *flags, "--dim", 48), "goes on with dim 32; --dim 48")

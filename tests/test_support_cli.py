@@ -200,3 +200,10 @@ def test_say_to_a_stdout_that_is_closed_gone_or_full_does_not_turn_success_into_
     ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True,
                            env={**os.environ, "SAYING": SAYING, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"})
     assert (ended.returncode, ended.stderr) == (0, "done\n")
+
+
+def test_say_speaks_in_the_first_of_several_processes_only(monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        cli.say(f"of {rank}")
+    assert capsys.readouterr().out == "of 0\n"

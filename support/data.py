@@ -71,8 +71,6 @@ class Clips:
         return {"codes": self.codes[rows].long(), "text": text, "text_mask": text_mask, "valid": valid}
 
 
-# -------------------------------------------------------------------------------------------------------------- sources
-
 def texts_of(content, where, *keys):
     """The texts under some keys of the JSON record that the bytes `content` hold; ValueError says where they do not."""
     try:
@@ -147,8 +145,6 @@ def find_entries(data, audio_key, caption_key, sample_rate):
     return entries, skipped, len(captions)
 
 
-# ------------------------------------------------------------------------------------------------------------- encoding
-
 def store(path, fresh):
     """The dictionary in the file `path`, to which `fresh` is added; a damaged file is made again, with a word."""
     content = {}
@@ -197,9 +193,8 @@ def cut_clips(blocks, length):
 
 
 def read_clips(entries, length):
-    """Read entries one after another, at most `BATCH` clips at a time: yield (key, clips (b, 1, length), how many
-    samples of each are audio); and at the end of each entry (key, None, [what is odd]), or ValueError or OSError there.
-    """
+    """Read entries one after another: yield (key, (b, 1, length) of at most `BATCH` clips, how many samples of each are
+    audio), and at the end of each entry (key, None, [what is odd about it] or the error that stopped it)."""
     for entry in entries:
         odd, silent, count = [], 0, 0
         try:

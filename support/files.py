@@ -163,8 +163,8 @@ class Companions:
     text_encoder: str
     codec_id: str = ""
     text_encoder_id: str = ""
-    data_id: str = ""
     sampling: dict = field(default_factory=dict)
+    data_id: str = ""
 
     def check(self, codec, encoder):
         """ValueError if codec or text encoder have other weights than those that the model was trained with."""

@@ -391,7 +391,7 @@ def main():
     try:
         train(this_run, config, clips)
     finally:
-        this_run.close()
+        this_run.unlock()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from support.audio import audio_seconds, read_blocks
 from support.cli import say
-from support.files import fingerprint, read_checkpoint, save_whole
+from support.files import fingerprint, read_checkpoint, whole_file
 
 CAPTIONS = (".txt", ".json")
 BATCH = 8  # clips that are encoded together
@@ -55,9 +55,6 @@ class Clips:
     text: list
     caption: torch.Tensor
     fingerprint: str = ""
-
-    def __len__(self):
-        return len(self.codes)
 
     def batch(self, rows):
         """rows: (B,) long -> {"codes": (B, K, T) long, "text": (B, L, C) float32, "text_mask": (B, L) bool, "valid":
@@ -155,7 +152,8 @@ def store(path, fresh):
         except ValueError as error:
             say(f"{error}; it is made again")
         if fresh:
-            save_whole(content | fresh, path)
+            with whole_file(path) as temporary:
+                torch.save(content | fresh, temporary)
     return content | fresh
 
 
@@ -289,9 +287,10 @@ def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="locat
     for line in lines:
         say(line.encode("utf-8", "backslashreplace").decode())
     train, valid = parts
-    if not train and not valid:
+    n_train, n_valid = len(train.codes), len(valid.codes)
+    if not n_train + n_valid:
         raise ValueError(f"{data}: the data set is empty: it holds no audio file with a caption that can be read")
-    if not train or not valid:
+    if not n_train or not n_valid:
         say(f"too few files to hold some out (each is held out with probability {valid_share:g}): "
             "validating on the training clips")
-    return train or valid, valid or train
+    return train if n_train else valid, valid if n_valid else train

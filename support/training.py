@@ -28,16 +28,14 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def join_processes(device):
-    """Join the processes that torchrun started, if it did -> the device of this one."""
-    if WORLD > 1:
-        if not dist.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=1))  # long: one process encodes, the others wait
-            atexit.register(dist.destroy_process_group)
-        if device.type == "cuda":
-            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-        device = torch.device("cpu") if device.type == "mps" else device  # gloo knows no MPS
-    return device
+    """Join the processes that torchrun started -> the device of this one."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # long: one process encodes, the others wait
+        atexit.register(dist.destroy_process_group)
+    if device.type == "cuda":
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    return torch.device("cpu") if device.type == "mps" else device  # gloo knows no MPS
 
 
 class Log:

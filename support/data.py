@@ -56,6 +56,9 @@ class Clips:
     caption: torch.Tensor
     fingerprint: str = ""
 
+    def __len__(self):
+        return len(self.codes)
+
     def batch(self, rows):
         """rows: (B,) long -> {"codes": (B, K, T) long, "text": (B, L, C) float32, "text_mask": (B, L) bool, "valid":
         (B, T) bool, False at the padding that fills short clips}."""

@@ -13,12 +13,14 @@
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
 from study import ROOT
-from study.paper import paper_map
 from support.cli import Parser, run, say
+
+COMMANDS = ("list", "start", "check", "hint", "show", "play", "train", "mistakes", "watch", "map")
 
 
 def listing(folder):
@@ -31,8 +33,6 @@ def listing(folder):
 
 def with_mine(folder, module, arguments):
     """Run the command of a module with all of mine in place."""
-    import importlib
-
     from study.mine import begun, plant
 
     plant(folder)
@@ -43,41 +43,31 @@ def with_mine(folder, module, arguments):
 
 
 def main():
-    """Parse the command; what follows play, train and watch is for the commands that they run."""
+    """Parse the command; it parses what follows itself. What a command needs is imported for it alone."""
     parser = Parser(prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--my", type=Path, default=ROOT / "my", help="the folder of your functions (default: my)")
-    parser.add_argument("command", nargs="?", default="list", choices=(
-        "list", "start", "check", "hint", "show", "play", "train", "mistakes", "watch", "map"), metavar="COMMAND")
+    parser.add_argument("command", nargs="?", default="list", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("names", nargs=argparse.REMAINDER, metavar="...", help="what the command takes")
     args = parser.parse_args()
     command, names, folder = args.command, args.names, args.my.resolve()
     if command == "list":
         listing(folder)
     elif command == "map":
-        paper_map("--write" in names, "--check" in names)
+        importlib.import_module("study.paper").paper_map("--write" in names, "--check" in names)
     elif command in ("play", "train"):
-        with_mine(folder, {"play": "sample", "train": "train"}[command], names)
+        with_mine(folder, "train" if command == "train" else "sample", names)
     elif command == "watch":
-        from study.watch import watch
-        watch(names)
+        importlib.import_module("study.watch").watch(names)
     elif command == "mistakes":
-        from study.mistakes import plant_all
-        sys.exit(plant_all(names))
+        sys.exit(importlib.import_module("study.mistakes").plant_all(names))
+    elif command == "check":
+        sys.exit(0 if importlib.import_module("study.check").check_all(names, folder) else 1)
+    elif not names:
+        raise ValueError(f"{command} which exercise? python -m study lists them")
     else:
-        from study import exercises
-        chosen = [exercises.find(name) for name in names]
-        if command == "check":
-            from study.check import check_all
-            sys.exit(0 if check_all(names, folder) else 1)
-        if not chosen:
-            raise ValueError(f"{command} which exercise? python -m study lists them")
-        for exercise in chosen:
-            if command == "start":
-                exercises.start(exercise, folder)
-            elif command == "hint":
-                exercises.hint(exercise, folder)
-            else:
-                print(exercises.source(exercise.function))
+        act = getattr(importlib.import_module("study.exercises"), command)
+        for name in names:
+            act(name, folder)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ First its examples (`exercises.md`), then its tests, those against numbers of ot
 is recorded: where ours gives something else for the same input, that call is shown.
 """
 
+import contextlib
 import copy
 import doctest
 import functools
 import importlib
 import inspect
+import io
 import linecache
 import math
 import os
@@ -22,15 +24,12 @@ import pytest
 import torch
 
 from study import MODULES, ROOT
-from study.code import functions
 from study.exercises import digest, find, progress
 from study.mine import begun, plant
 
 sys.dont_write_bytecode = True
 RANDOM = ("span_mask",)  # what differs from ours for one input may be right all the same
 
-
-# ------------------------------------------------------------------------------------------------------------- drawing
 
 def drawn(mask):
     """A mask as text, one row a line: "x" is True, "." False."""
@@ -65,16 +64,6 @@ def my_line(error, folder):
                  f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}")
 
 
-def words(test, case=None):
-    """A test's name as a sentence: test_span_mask_hides_... -> "span_mask hides ...", and its case."""
-    subject = max((f.node.name for f in functions().values() if f"{test.name}_".startswith(f"test_{f.node.name}_")),
-                  key=len, default="")
-    said = test.name.removeprefix("test_").removeprefix(subject).replace("_", " ")
-    return f"{subject}{said}" + (f"  [{case.id}]" if case else "")
-
-
-# ----------------------------------------------------------------------------------------------------- recorded calls
-
 def keep(value):
     """A copy that later changes do not reach; modules and functions stay what they are."""
     if isinstance(value, torch.Tensor):
@@ -100,7 +89,7 @@ class Recorder:
     ours: object = None
     calls: list = field(default_factory=list)
 
-    def wrap(self, exercise, mine, ours):
+    def wrap(self, mine, ours):
         self.ours = ours
 
         @functools.wraps(mine)
@@ -132,8 +121,6 @@ class Recorder:
                 return arguments, out, wanted
 
 
-# ------------------------------------------------------------------------------------------------------ running claims
-
 @dataclass
 class Failure:
     """A claim that does not hold: its words, and the lines that explain it."""
@@ -143,43 +130,35 @@ class Failure:
     is_reference: bool = False
 
 
-class Examples(doctest.DocTestRunner):
-    """Runs one claim's example; `failed` is (example, what came out, exception) of the first line that fails."""
-
-    failed = None
-
-    def report_failure(self, out, test, example, got):
-        self.failed = self.failed or (example, got, None)
-
-    def report_unexpected_exception(self, out, test, example, info):
-        self.failed = self.failed or (example, "", info[1])
-
-
 def run_examples(function, examples, folder=None):
-    """[(claim, Failure or None)] for examples; a later one may go on with the names of an earlier one."""
+    """[Failure or None] for examples; a later one may go on with the names of an earlier one."""
     names, results = {}, []
     for module in (*MODULES, function.module):
         names |= vars(importlib.import_module(module))
     names |= {"drawn": drawn, "torch": torch, "F": torch.nn.functional, "math": math}
     for claim, code in examples:
-        runner, failure = Examples(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE), None
-        test = doctest.DocTestParser().get_doctest(code, names, claim, None, 0)
-        runner.run(test, out=str, clear_globs=False)
-        names |= test.globs
-        if runner.failed:
-            example, got, error = runner.failed
-            before = "".join(line.source for line in test.examples[:test.examples.index(example) + 1])
-            failure = Failure(claim, "\n".join([block("put in", before.rstrip()), my_line(error, folder) if error else (
-                block("came out", got.rstrip()) + "\n" + block("expected", example.want.rstrip()))]))
-        results.append((claim, failure))
+        put, told = "", None
+        for example in doctest.DocTestParser().get_examples(code):
+            put, out = put + example.source, io.StringIO()
+            try:
+                with contextlib.redirect_stdout(out):
+                    exec(compile(example.source, "<example>", "single"), names)
+            except Exception as error:
+                told = my_line(error, folder)
+                break
+            if not doctest.OutputChecker().check_output(example.want, out.getvalue(), doctest.NORMALIZE_WHITESPACE):
+                told = block("came out", out.getvalue().rstrip()) + "\n" + block("expected", example.want.rstrip())
+                break
+        results.append(Failure(claim, block("put in", put.rstrip()) + "\n" + told) if told else None)
     return results
 
 
 class Collector:
     """A pytest plugin: which tests hold, and why the others do not, by the calls of mine in them."""
 
-    def __init__(self, recorder, folder, tests):
-        self.recorder, self.folder, self.tests, self.results, self.broken = recorder, folder, tests, {}, None
+    def __init__(self, recorder, folder, function, tests):
+        self.recorder, self.folder, self.name, self.tests = recorder, folder, function.node.name, tests
+        self.results, self.broken = {}, None
 
     def pytest_runtest_setup(self, item):
         self.recorder.calls.clear()
@@ -189,9 +168,10 @@ class Collector:
         report = (yield).get_result()
         name = f"tests/{item.path.name}::{item.originalname}"
         if report.failed and not self.results.get(name):
-            test = self.tests[name]
-            claim = words(test, getattr(item, "callspec", None))
-            self.results[name] = Failure(claim, self.tell(call.excinfo.value, test), test.is_reference)
+            test, case = self.tests[name], getattr(item, "callspec", None)
+            claim = test.name.removeprefix("test_").replace(self.name, "\0").replace("_", " ").replace("\0", self.name)
+            self.results[name] = Failure(claim + (f"  [{case.id}]" if case else ""),
+                                         self.tell(call.excinfo.value, test), test.is_reference)
         elif report.passed and report.when == "call":
             self.results.setdefault(name, None)
 
@@ -219,12 +199,12 @@ class Collector:
 
 
 def run_claims(function, examples, recorder=None, folder=None, stop=False):
-    """Run the claims about a function -> [(claim, Failure or None)]; with `stop`, to the first that fails."""
+    """Run the claims about a function -> [Failure or None]; with `stop`, to the first that fails."""
     results = run_examples(function, examples, folder)
-    if not function.tests or stop and any(failure for _, failure in results):
+    if not function.tests or stop and any(results):
         return results
     tests = {test.id: test for test in sorted(function.tests, key=lambda test: test.is_reference)}
-    collector, here = Collector(recorder or Recorder(), folder, tests), os.getcwd()
+    collector, here = Collector(recorder or Recorder(), folder, function, tests), os.getcwd()
     os.chdir(ROOT)
     try:
         code = pytest.main([*tests, "-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts=", "--rootdir",
@@ -235,7 +215,7 @@ def run_claims(function, examples, recorder=None, folder=None, stop=False):
         raise KeyboardInterrupt
     if code > 1:
         raise ValueError(f"the tests could not be run: {str(collector.broken)[-400:]}")
-    return results + [(words(tests[name]), collector.results[name]) for name in tests if name in collector.results]
+    return results + [collector.results[name] for name in tests if name in collector.results]
 
 
 def check(exercise, folder):
@@ -246,9 +226,9 @@ def check(exercise, folder):
         results = run_claims(exercise.function, exercise.examples, recorder, Path(folder))
     finally:
         restore()
-    failures = [failure for _, failure in results if failure]
+    failures = [failure for failure in results if failure]
     held = len(results) - len(failures)
-    progress(folder, exercise, held=held, of=len(results), digest=digest(exercise, folder))
+    progress(folder, exercise.name, held=held, of=len(results), digest=digest(exercise, folder))
     print(f"{exercise.name}: {held} of {len(results)} claims hold" + (
         f"; the first that does not:\n\n  {failures[0].claim}\n\n{failures[0].told}\n" if failures else "."))
     return not failures

@@ -8,6 +8,7 @@ import ast
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from study import MODULES, ROOT
 
@@ -34,23 +35,13 @@ class Function:
         return f"{self.module}.{self.name}"
 
 
-@dataclass
-class Test:
-    """A test function: its file, its name, its docstring, whether it holds ours against numbers of other programs."""
+class Test(NamedTuple):
+    """A test function: its id for pytest, its docstring, whether it holds ours against numbers of other programs."""
 
-    file: str
+    id: str
     name: str
     docstring: str
     is_reference: bool
-
-    @property
-    def id(self):
-        return f"tests/{self.file}::{self.name}"
-
-
-def parts_of(place):
-    """"Sec. 3.3, Fig. 4; App. D" -> the single parts."""
-    return re.split(r"[,;] *", place) if place else []
 
 
 def snake(name):
@@ -87,11 +78,10 @@ def tests_in(root, module):
     lines = source.splitlines()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            marks = [mark for mark in node.decorator_list
-                     if isinstance(mark, ast.Call) and getattr(mark.func, "attr", "") == "of"]
-            text = "\n".join(lines[node.lineno - 1:node.end_lineno])
-            is_reference = bool(re.search(r"\bDATA\b|golden|_tiny\b|published\(", text))
-            yield (Test(path.name, node.name, ast.get_docstring(node) or "", is_reference),
+            marks = [mark for mark in node.decorator_list if getattr(getattr(mark, "func", 0), "attr", "") == "of"]
+            is_reference = re.search(r"\bDATA\b|golden|_tiny\b|published\(", "\n".join(
+                lines[node.lineno - 1:node.end_lineno])) is not None
+            yield (Test(f"tests/{path.name}::{node.name}", node.name, ast.get_docstring(node) or "", is_reference),
                    [arg.value for mark in marks for arg in mark.args])
 
 

@@ -94,24 +94,24 @@ def template(exercise):
     return "\n".join(lines)
 
 
-def start(exercise, folder):
+def start(name, folder):
     """Write the template; never over a file that is there."""
-    path = Path(folder) / f"{exercise.name}.py"
+    text, path = template(find(name)), Path(folder) / f"{name}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(template(exercise))
+            file.write(text)
     except FileExistsError as error:
         raise ValueError(f"{path} is there already, and stays as it is") from error
-    print(f"{path} is yours to fill in; then: python -m study check {exercise.name}")
+    print(f"{path} is yours to fill in; then: python -m study check {name}")
 
 
-def progress(folder, exercise=None, **news):
+def progress(folder, name=None, **news):
     """{name: what is known of it}, kept in the folder; of an exercise, `news` is added first."""
     path = Path(folder) / "progress.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if exercise:
-        known.setdefault(exercise.name, {}).update(news)
+    if name:
+        known.setdefault(name, {}).update(news)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=1), encoding="utf-8")
     return known
@@ -132,8 +132,12 @@ def state(exercise, folder):
     return words if known["digest"] == digest(exercise, folder) else f"{words}, but changed since"
 
 
-def hint(exercise, folder):
+def hint(name, folder):
     """One more hint each time; after the last, the last again."""
-    given = min(progress(folder).get(exercise.name, {}).get("hints", 0), 2)
-    print(textwrap.fill(f"Hint {given + 1} of 3: {exercise.hints[given]}", 100))
-    progress(folder, exercise, hints=given + 1)
+    hints, given = find(name).hints, min(progress(folder).get(name, {}).get("hints", 0), 2)
+    print(textwrap.fill(f"Hint {given + 1} of 3: {hints[given]}", 100))
+    progress(folder, name, hints=given + 1)
+
+
+def show(name, folder):
+    print(source(find(name).function))

@@ -37,26 +37,24 @@ def begun(folder):
 
 
 def plant(folder, exercises=None, wrap=None):
-    """Put mine in place of ours; wrap(exercise, mine, ours) may give another function. -> a function that undoes it."""
+    """Put mine in place of ours; wrap(mine, ours) may give another function. -> a function that undoes it."""
     for name in MODULES:
         importlib.import_module(name)
     undo, modules = [], [module for module in list(sys.modules.values())
                          if str(getattr(module, "__file__", None) or "").startswith(str(ROOT))]
     for exercise in begun(folder) if exercises is None else exercises:
-        owner = importlib.import_module(exercise.function.module)
-        *classes, attribute = exercise.function.name.split(".")
-        for name in classes:
-            owner = getattr(owner, name)
+        owner, (kind, _, attribute) = importlib.import_module(exercise.function.module), (
+            exercise.function.name.rpartition("."))
+        owner = getattr(owner, kind) if kind else owner
         ours, (mine, module) = vars(owner)[attribute], load(exercise, folder)
         modules.append(module)
-        mine = wrap(exercise, mine, ours) if wrap else mine
-        places = [vars(module) for module in modules] + [
-            value for module in modules for value in vars(module).values() if type(value) is dict]
-        if classes:
+        mine = wrap(mine, ours) if wrap else mine
+        if kind:
             undo.append((owner, attribute, ours))
             setattr(owner, attribute, mine)
             continue
-        for place in places:
+        for place in [vars(module) for module in modules] + [
+                value for module in modules for value in vars(module).values() if type(value) is dict]:
             for key in [key for key, value in place.items() if value is ours]:
                 undo.append((place, key, ours))
                 place[key] = mine

@@ -40,12 +40,6 @@ def read_mistakes():
     return found
 
 
-def find(name):
-    if name not in (known := read_mistakes()):
-        raise ValueError(f"there is no mistake {name!r}; study/mistakes.md lists them")
-    return known[name]
-
-
 def planted(mistake, root):
     """The text of the file with the mistake in it. ValueError if the line it changes is not there, or not once."""
     function = functions(root)[mistake.function]
@@ -59,20 +53,13 @@ def planted(mistake, root):
     return path, "".join(lines[:first]) + body.replace(mistake.old, mistake.new) + "".join(lines[last:])
 
 
-def repository_with(mistake, root):
-    """A copy of the repository in the folder `root`, with a mistake in it, or None -> the folder."""
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(
-        ".*", "__pycache__", "my", "runs", "cache", "results", "*.wav"))
-    if mistake:
-        path, text = planted(mistake, root)
-        path.write_text(text, encoding="utf-8")
-    return root.resolve()
-
-
 def try_one(mistake):
     """Plant a mistake in a copy and run its function's claims -> (the first that fails, or None; is it a reference)."""
     with tempfile.TemporaryDirectory(prefix="magnet mistake ") as folder:
-        root = repository_with(mistake, Path(folder) / "repository")
+        root = Path(folder).resolve() / "repository"
+        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "my", "runs", "cache"))
+        path, text = planted(mistake, root)
+        path.write_text(text, encoding="utf-8")
         for name, module in list(sys.modules.items()):
             if str(getattr(module, "__file__", None) or "").startswith(f"{ROOT}{os.sep}"):
                 del sys.modules[name]
@@ -84,7 +71,7 @@ def try_one(mistake):
         function = functions()[mistake.function]
         results = run_claims(function, examples_of(function), stop=True)
         os.chdir(ROOT)
-        return next(((f.claim, f.is_reference) for _, f in results if f), (None, False))
+        return next(((f.claim, f.is_reference) for f in results if f), (None, False))
 
 
 def leave_signals():
@@ -95,7 +82,10 @@ def leave_signals():
 
 def plant_all(names, processes=2):
     """Plant the mistakes named, or all, two at a time; print which claim catches each -> exit code."""
-    chosen = [find(name) for name in names] or list(read_mistakes().values())
+    known = read_mistakes()
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no mistake {unknown[0]!r}; study/mistakes.md lists them")
+    chosen = [known[name] for name in names or known]
     kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     import torch
 

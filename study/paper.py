@@ -9,7 +9,7 @@ import re
 import textwrap
 
 from study import MODULES, ROOT
-from study.code import functions, parts_of
+from study.code import functions
 
 
 def parts():
@@ -23,7 +23,7 @@ def by_part(found):
     """{part: its functions}, from the tags in docstrings."""
     table = {part: [] for part in parts()}
     for function in found.values():
-        for part in parts_of(function.place):
+        for part in re.split(r"[,;] *", function.place) if function.place else ():
             table.setdefault(part, []).append(function)
     return table
 

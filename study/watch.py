@@ -11,19 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import soundfile
-import torch
 
+import sample
 from encodec_wrap import load_codec
 from model import load_model
-from sample import (
-    SamplingConfig,
-    annealed_temperature,
-    check_arguments,
-    clip_streams,
-    generate,
-    guidance_scale,
-    mask_rate,
-)
 from study import ROOT
 from support.cli import Parser, add_flags, from_flags, pick_device, pick_dtype, say
 from support.files import whole_file
@@ -36,7 +27,7 @@ SOUND_BYTES = 2_700_000  # of all sounds together, before they are written as te
 def record(model, text, text_mask, codes, config, **more):
     """Decode the clip `codes` (1, K, T) -> what `on_step` saw, a list of dictionaries."""
     steps = []
-    generate(model, text, text_mask, codes, config, on_step=lambda **step: steps.append(step), **more)
+    sample.generate(model, text, text_mask, codes, config, on_step=lambda **step: steps.append(step), **more)
     return steps
 
 
@@ -48,16 +39,12 @@ def told(step, config, K, T):
                 "guidance": config.ar_guidance}
     stage, number = step["stage"], step["step"]
     steps = config.decoding_steps[min(stage, len(config.decoding_steps) - 1)]
-    rate = mask_rate(number, steps, config.schedule)
+    rate = sample.mask_rate(number, steps, config.schedule)
     return {"stage": stage, "step": number, "steps": steps, "rate": rate,
-            "temperature": annealed_temperature(number, steps, config.temperature),
-            "guidance": guidance_scale(rate, config.guidance_start, config.guidance_end),
+            "temperature": sample.annealed_temperature(number, steps, config.temperature),
+            "guidance": sample.guidance_scale(rate, config.guidance_start, config.guidance_end),
             "hidden": "".join("x" if x else "." for x in step["hidden"][0].tolist()),
-            "confidence": packed((step["confidence"][0].float().clamp(0, 1) * 255).round().to(torch.uint8))}
-
-
-def packed(numbers):
-    return base64.b64encode(numbers.cpu().numpy().tobytes()).decode()
+            "confidence": base64.b64encode(bytes((step["confidence"][0] * 255).round().int().tolist())).decode()}
 
 
 def candidate(step, K):
@@ -78,23 +65,16 @@ def ogg(wav, sample_rate):
 
 
 def sounds(steps, codec, K):
-    """The sound of each step, or the number of the step whose sound stands for it where all would not fit."""
-    heard, size = {}, math.inf
-    wanted = [i for i, step in enumerate(steps) if candidate(step, K) is not None]
-    every = 1
-    while size > SOUND_BYTES:
-        for i in wanted[::-1][::every]:  # the last is always among them
-            if i not in heard:
-                codes = candidate(steps[i], K)
-                heard[i] = ogg(codec.decode(codes.clamp(max=codec.codebook_size - 1))[0, 0], codec.sample_rate)
-            if sum(map(len, heard.values())) > SOUND_BYTES and every < 64:
-                break
-        heard = {i: heard[i] for i in wanted[::-1][::every] if i in heard}
-        size, every = sum(map(len, heard.values())), 2 * every
-    stands, last = [], None
-    for i in range(len(steps)):
-        last = i if i in heard else last
-        stands.append(last)
+    """{step: its sound}, and for each step the number of the one whose sound stands for it: all of them, or as many of
+    them, evenly spaced back from the last, as fit."""
+    heard, wanted = {}, [i for i, step in enumerate(steps) if candidate(step, K) is not None]
+    if "position" in steps[-1]:
+        wanted = wanted[::-1][::math.ceil(len(wanted) / 60)][::-1]  # from left to right there are many alike
+    for i in wanted:
+        heard[i] = ogg(codec.decode(candidate(steps[i], K).clamp(max=codec.codebook_size - 1))[0, 0], codec.sample_rate)
+    while sum(map(len, heard.values())) > SOUND_BYTES:
+        heard = {i: heard[i] for i in [*heard][::-1][::2][::-1]}
+    stands = [max((i for i in heard if i <= number), default=None) for number in range(len(steps))]
     return {i: "data:audio/ogg;base64," + base64.b64encode(data).decode() for i, data in heard.items()}, stands
 
 
@@ -114,16 +94,16 @@ def watch(arguments):
     """The command: decode one prompt and write its page."""
     parser = Parser(prog="python -m study watch", description="One decode as a page for the browser.")
     parser.add_argument("prompt", help='what to play; "" for no condition')
-    for config_class in (Request, SamplingConfig):
-        add_flags(parser, config_class)
+    add_flags(parser, Request)
+    add_flags(parser, sample.SamplingConfig)
     args = parser.parse_args(arguments)
     request, out = from_flags(args, Request()), Path(getattr(args, "out", "decode.html"))
-    from_flags(args, SamplingConfig())  # faults are told before all loading
+    from_flags(args, sample.SamplingConfig())  # faults are told before all loading
     if out.suffix != ".html":
         raise ValueError(f"--out {out}: the page's name must end in .html")
     device = pick_device(request.device)
     model, companions = load_model(request.model, device, pick_dtype(request.dtype, device))
-    config = from_flags(args, SamplingConfig(**companions.sampling))
+    config = from_flags(args, sample.SamplingConfig(**companions.sampling))
     codec = load_codec(request.codec or companions.codec, model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(request.text_encoder or companions.text_encoder)
     companions.check(codec, encoder)
@@ -131,11 +111,11 @@ def watch(arguments):
     codes, _ = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
     if codes.shape[2] > math.ceil(model.config.seconds * codec.frame_rate):
         raise ValueError(f"watch shows one window: at most {model.config.seconds:g} s with this model")
-    check_arguments(model, None, codes, config, rescorer)
+    sample.check_arguments(model, None, codes, config, rescorer)
     text, text_mask = encoder.encode_text([args.prompt])
     negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
-    steps = record(model, text, text_mask, codes, config, streams=clip_streams(request.seed, [1]), negative=negative,
-                   rescorer=rescorer, frame_rate=codec.frame_rate)
+    steps = record(model, text, text_mask, codes, config, streams=sample.clip_streams(request.seed, [1]),
+                   negative=negative, rescorer=rescorer, frame_rate=codec.frame_rate)
     if not steps:
         raise ValueError("nothing is left to decode: all frames are given")
     written = page(steps, config, codec, codes, args.prompt, f"{request.model}, seed {request.seed}", model.mask_id)

@@ -55,8 +55,7 @@ def my(tmp_path):
 
 def first_failure(name, folder=None):
     exercise = exercises.BOOK[name]
-    results = check.run_examples(exercise.function, exercise.examples, folder)
-    return next((failure for _, failure in results if failure), None)
+    return next(filter(None, check.run_examples(exercise.function, exercise.examples, folder)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- paper map
@@ -103,20 +102,20 @@ def test_there_are_20_to_30_exercises_with_three_claims_and_three_hints_each():
 @pytest.mark.parametrize("name", exercises.EXERCISES)
 def test_start_writes_the_signature_and_an_example_but_no_solution_and_never_overwrites(name, tmp_path):
     exercise = exercises.EXERCISES[name]
-    exercises.start(exercise, tmp_path)
+    exercises.start(name, tmp_path)
     text = (tmp_path / f"{name}.py").read_text()
     assert ">>>" in text and "is yours to write" in text and exercises.state(exercise, tmp_path) == "begun"
     compile(text, name, "exec")
     solution = exercises.source(exercise.function).splitlines()[-1].strip()
     assert solution not in [line.strip() for line in text.splitlines()], "a line of ours is given away"
     with pytest.raises(ValueError, match="is there already"):
-        exercises.start(exercise, tmp_path)
+        exercises.start(name, tmp_path)
     assert (tmp_path / f"{name}.py").read_text() == text
 
 
 def test_hint_gives_one_more_each_time(tmp_path, capsys):
     for number in (1, 2, 3, 3):
-        exercises.hint(exercises.EXERCISES["span_mask"], tmp_path)
+        exercises.hint("span_mask", tmp_path)
         assert f"Hint {number} of 3" in capsys.readouterr().out
 
 
@@ -185,8 +184,8 @@ def test_check_runs_the_functions_tests_with_mine_and_says_what_came_out(my):
     right = wrong.replace(" + (rate == 0.75)", "")
     ended = study(my("guidance_scale", wrong.replace("0.75)", "0.75 and start == 10)")), "check", "guidance_scale")
     assert ended.returncode == 1 and "2 of 3 claims hold" in ended.stdout, ended.stdout + ended.stderr
-    for words in ("guidance scale is strong while much is hidden", "rate = 0.75", "came out    8.75", "expected    7.75"):
-        assert words in ended.stdout.replace("guidance_scale", "guidance scale"), ended.stdout
+    for words in ("guidance_scale is strong while much is", "rate = 0.75", "came out    8.75", "expected    7.75"):
+        assert words in ended.stdout, ended.stdout
     ended = study(my("guidance_scale", right), "check")
     assert ended.returncode == 0 and "3 of 3 claims hold." in ended.stdout, ended.stdout + ended.stderr
     assert exercises.state(exercises.EXERCISES["guidance_scale"], my("guidance_scale", right)) == "done"

@@ -66,10 +66,9 @@ def try_one(mistake):
         sys.path[:] = [str(root), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
         os.chdir(root)
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        from study.check import run_claims
-        from study.exercises import examples_of
-        function = functions()[mistake.function]
-        results = run_claims(function, examples_of(function), stop=True)
+        from study import check, code, exercises  # those of the copy
+        function = code.functions()[mistake.function]
+        results = check.run_claims(function, exercises.examples_of(function), stop=True)
         os.chdir(ROOT)
         return next(((f.claim, f.is_reference) for f in results if f), (None, False))
 

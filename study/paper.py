@@ -67,21 +67,15 @@ def table(found):
 
 
 def deviations(found):
-    """The README's list: every line `Deviation:` of the six modules, with the function in which it stands."""
+    """The README's list: every `Deviation:` of the six modules, to the end of its paragraph or comment, with the
+    function in which it stands."""
     lines = []
     for module in MODULES:
-        source = (ROOT / f"{module}.py").read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(source, start=1):
-            if "Deviation:" not in line:
-                continue
-            text = [line.partition("Deviation:")[2]]
-            for following in source[number:]:  # to the end of the paragraph; a comment is one line
-                if "#" in line or following.strip() in ("", '"""'):
-                    break
-                text.append(following)
+        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+        for match in re.finditer(r'(#[^\n]*)?Deviation:((?(1)[^\n]*|.*?(?=\n\s*\n|""")))', source, re.DOTALL):
+            number = source.count("\n", 0, match.start(2)) + 1
             inside = [f for f in found.values() if f.module == module and f.node.lineno <= number <= f.node.end_lineno]
-            said = " ".join(" ".join(text).replace('"""', "").split())
-            lines.append(f"- `{inside[-1] if inside else f'{module}.py'}`: {said}")
+            lines.append(f"- `{inside[-1] if inside else f'{module}.py'}`: {' '.join(match[2].split())}")
     return "\n".join(textwrap.fill(line, 140, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 

@@ -256,12 +256,19 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 def test_watch_moves_by_slider_and_keys_in_a_browser_and_plays_the_length_of_the_clip(width, page, tmp_path):
     path = tmp_path / "decode.html"
     path.write_text(page()[0].replace("</html>", PROBE + "</html>"))
-    ended = subprocess.run([
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-        f"--window-size={width},900", "--virtual-time-budget=8000", "--enable-logging=stderr", path.as_uri()],
-        capture_output=True, text=True, timeout=300)
-    said = json.loads(re.search("<title>(.*?)</title>", ended.stdout)[1])
+    for budget in (8000, 40_000, 200_000):  # of the page's own time, which a busy machine uses up too soon
+        ended = browse(path, tmp_path, width, budget)
+        if (said := re.search("<title>(.*?)</title>", ended.stdout)[1]).startswith("{"):
+            break
+    said = json.loads(said)
     assert said.pop("seconds") == pytest.approx(0.4, abs=0.02)
     assert said == {"first": "0", "slid": "3", "key": "4", "wide": True}
     assert "CONSOLE" not in ended.stderr
+
+
+def browse(path, folder, width, budget):
+    return subprocess.run([
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}", "--dump-dom",
+        f"--window-size={width},900", f"--virtual-time-budget={budget}", "--enable-logging=stderr", path.as_uri()],
+        capture_output=True, text=True, timeout=300)

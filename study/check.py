@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from study import MODULES, ROOT
+from study import MODULES, ROOT, is_ours
 from study.exercises import find, progress
 from study.mine import begun, plant
 
@@ -58,7 +58,7 @@ def my_line(error, folder):
     """An exception in words: the line of mine where it arose, or where ours stopped on what mine gave."""
     frames = traceback.extract_tb(error.__traceback__)
     mine = [frame for frame in frames if folder and Path(frame.filename).parent == Path(folder)]
-    where = (mine or [frame for frame in frames if str(ROOT) in frame.filename] or frames)[-1]
+    where = (mine or [frame for frame in frames if is_ours(frame.filename)] or frames)[-1]
     return block("your line" if mine else "stopped in",
                  f"{Path(where.filename).name}, line {where.lineno}:  {linecache.getline(*where[:2]).strip()}\n"
                  f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}")

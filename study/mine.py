@@ -10,7 +10,9 @@ import sys
 import types
 from pathlib import Path
 
-from study import MODULES, ROOT
+import pytest
+
+from study import MODULES, is_ours
 from study.exercises import EXERCISES
 
 
@@ -38,29 +40,20 @@ def begun(folder):
 
 def plant(folder, exercises=None, wrap=None):
     """Put mine in place of ours; wrap(mine, ours) may give another function. -> a function that undoes it."""
+    patch = pytest.MonkeyPatch()
     for name in MODULES:
         importlib.import_module(name)
-    undo, modules = [], [module for module in list(sys.modules.values())
-                         if str(getattr(module, "__file__", None) or "").startswith(str(ROOT))]
+    modules = [module for module in list(sys.modules.values()) if is_ours(getattr(module, "__file__", ""))]
     for exercise in begun(folder) if exercises is None else exercises:
-        owner, (kind, _, attribute) = importlib.import_module(exercise.function.module), (
-            exercise.function.name.rpartition("."))
+        kind, _, attribute = exercise.function.name.rpartition(".")
+        owner = importlib.import_module(exercise.function.module)
         owner = getattr(owner, kind) if kind else owner
         ours, (mine, module) = vars(owner)[attribute], load(exercise, folder)
         modules.append(module)
         mine = wrap(mine, ours) if wrap else mine
-        if kind:
-            undo.append((owner, attribute, ours))
-            setattr(owner, attribute, mine)
-            continue
+        patch.setattr(owner, attribute, mine)
         for place in [vars(module) for module in modules] + [
                 value for module in modules for value in vars(module).values() if type(value) is dict]:
             for key in [key for key, value in place.items() if value is ours]:
-                undo.append((place, key, ours))
-                place[key] = mine
-
-    def restore():
-        for owner, key, ours in reversed(undo):
-            owner.__setitem__(key, ours) if isinstance(owner, dict) else setattr(owner, key, ours)
-
-    return restore
+                patch.setitem(place, key, mine)
+    return patch.undo

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from study import ROOT
+from study import ROOT, is_ours
 from study.code import functions
 from support.cli import say
 
@@ -61,7 +61,7 @@ def try_one(mistake):
         path, text = planted(mistake, root)
         path.write_text(text, encoding="utf-8")
         for name, module in list(sys.modules.items()):
-            if str(getattr(module, "__file__", None) or "").startswith(f"{ROOT}{os.sep}"):
+            if is_ours(getattr(module, "__file__", "")):
                 del sys.modules[name]
         sys.path[:] = [str(root), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
         os.chdir(root)

@@ -205,6 +205,13 @@ def test_there_are_at_least_45_mistakes_each_in_a_function_of_which_claims_speak
         assert function.tests or exercises.examples_of(function), mistake.name
 
 
+def test_mistakes_says_which_claim_catches_one_and_refuses_a_name_that_it_does_not_know(tmp_path):
+    ended = study(tmp_path, "mistakes", "linear schedule")
+    assert ended.returncode == 0 and "by: Everything is hidden at t = 0" in ended.stdout, ended.stdout + ended.stderr
+    assert "1 of 1 mistakes caught" in ended.stdout
+    assert study(tmp_path, "mistakes", "no such").stderr.count("there is no mistake 'no such'") == 1
+
+
 # ----------------------------------------------------------------------------------------------------- the decode page
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,8 @@ def plant_all(names, processes=2):
             references += is_reference
             say(f"{'caught' if claim else 'NOT CAUGHT'}  {mistake.name} ({mistake.function}): {mistake.idea}"
                 + f"\n        {'by the reference' if is_reference else 'by'}: {claim}" * (claim is not None))
+        pool.close()
+        pool.join()
     say(f"{len(chosen) - len(missed)} of {len(chosen)} mistakes caught in {time.perf_counter() - start:.0f} s, "
         f"{references} of them by a reference only")
     return 1 if missed else 0

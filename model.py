@@ -46,8 +46,7 @@ def attention(q, k, v, may_attend=None):
     """[Sec. 2] softmax(q k^T / sqrt(D)) v over the keys where `may_attend` is True; every query must have one.
 
     q: (..., T, D); k, v: (..., keys, D); may_attend: bool, broadcast to (..., T, keys). The last three lines are the
-    formula; torch's fused kernel computes the same, faster but when training on a CPU in half precision
-    (`python -m experiments.bench`).
+    formula; torch's fused kernel computes the same, faster but when training on a CPU in half precision.
     """
     if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
@@ -129,10 +128,10 @@ class CrossAttention(nn.Module):
     def forward(self, x, text, mask=None, cache=None):
         """x (B, T, C), projected text (B, L, C), mask (B, 1, 1, L) bool or None -> (B, T, C)."""
         B, T, C = x.shape
-        keys_values = None if cache is None else cache.text
+        keys_values = cache and cache.text
         if keys_values is None:
             keys_values = self.kv(text).view(B, -1, 2, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
-        if cache is not None:
+        if cache:
             cache.text = keys_values  # (2, B, H, L, D)
         q = self.q(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
         out = attention(q, *keys_values, mask)
@@ -260,8 +259,8 @@ class MAGNeT(nn.Module):
     def __repr__(self):
         c, millions = self.config, sum(p.numel() for p in self.parameters()) / 1e6
         reach = "full attention" if c.context < 0 else f"{c.context} frames of context after stage 0"
-        kind = "autoregressive" if c.objective == "ar" else f"spans of {c.span_len}, {reach}"
-        kind = f"hybrid, {kind}" if c.objective == "hybrid" else kind
+        kind = {"ar": "autoregressive", "hybrid": "hybrid, ", "magnet": ""}[c.objective]
+        kind += f"spans of {c.span_len}, {reach}" if c.objective != "ar" else ""
         return (f"MAGNeT({millions:.1f}M parameters: {c.n_layers} layers x {c.dim} wide, {c.n_heads} heads, "
                 f"{c.n_codebooks} codebooks x {c.card} entries, {kind})")
 
@@ -297,10 +296,8 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     try:
         if "best_state" in content:
             config, state, companions = read_audiocraft(content, path)
-            scales = None
         else:
-            config = ModelConfig(**content["model_config"])
-            state, scales = content["ema"], content.get("scales")
+            config, state = ModelConfig(**content["model_config"]), content["ema"]
             known = {key: content[key] for key in vars(Companions("", "")) if key in content}
             companions = Companions(**located(known, path.parent))
         with torch.device("meta"), NoInit():
@@ -308,7 +305,7 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, ValueError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: is not the checkpoint of a MAGNeT ({what})") from error
-    load_strictly(model, state, path, dtype, device, scales)
+    load_strictly(model, state, path, dtype, device, content.get("scales"))
     return model.eval().requires_grad_(False), companions
 
 

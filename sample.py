@@ -22,6 +22,7 @@ from masking import cosine_schedule, delay_codes, hybrid_attention_mask, mask_co
 from model import Cache, load_model
 from support.audio import save_audio
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, pick_dtype, run, say
+from support.hub import make_config
 from support.request import Request, known_codes, plan_clips, say_settings, windows
 from t5_encoder import T5Encoder
 
@@ -30,8 +31,7 @@ BATCH = 16  # clips that are decoded together
 
 @dataclass
 class SamplingConfig(Config):
-    """How to decode. The defaults are the paper's; those of autoregressive decoding are MusicGen's. With the released
-    schedule `stride1` scores by product whatever `span_scoring` says, and the released code's tokens come out."""
+    """How to decode: as the paper, autoregressively as MusicGen. As released, `stride1` always scores by product."""
 
     decoding_steps: tuple[int, ...] = option((20, 10), "steps by codebook, the last for the rest", low=1, high=9999)
     temperature: float = option(3.0, "softmax temperature, annealed linearly to zero", low=0, high=1e4)
@@ -48,6 +48,9 @@ class SamplingConfig(Config):
     ar_top_k: int = option(250, "the same: keep only the k most probable tokens; 0 keeps all", low=0)
     ar_temperature: float = option(1.0, "the same: softmax temperature", low=0, high=1e4)
     hybrid_seconds: float = option(1.0, "hybrid models: seconds to write from left to right before the rest", low=0)
+
+    def steps(self, stage):
+        return self.decoding_steps[min(stage, len(self.decoding_steps) - 1)]
 
 
 # --------------------------------------------------------------------------------------------------------- the schedule
@@ -264,8 +267,7 @@ def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer
 
     prompt: of a hybrid, its delayed prompt (B, K, positions), the start included; the rest is as for `generate`.
     """
-    steps = config.decoding_steps[min(stage, len(config.decoding_steps) - 1)]
-    released, before = config.schedule == "released", codes
+    steps, released, before = config.steps(stage), config.schedule == "released", codes
     given = codes[0, stage] != model.mask_id  # (T,), the same frames in every clip
     codes, fixed, confidence = codes.clone(), given.expand(len(codes), -1), None
     for step in range(0 if given.all() else steps):
@@ -290,8 +292,7 @@ def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer
         uniform = draw_uniform(streams, codes.shape[2], codes.device)
         drawn = draw_tokens(logits, temperature, config.top_p, config.top_k, config.greedy, uniform)  # (B, T)
         codes[:, stage] = torch.where(hidden, drawn, codes[:, stage])  # only hidden positions change
-        # As released: in its span a token that was not hidden counts as the one drawn, and discarded, in its place.
-        confidence = log_odds(logits / temperature, drawn)  # (B, T), before the nucleus
+        confidence = log_odds(logits / temperature, drawn)  # (B, T), before the nucleus; fixed tokens count as drawn
         if rescorer is not None:
             B = len(codes)
             scores = rescorer.score_codes(codes, stage, *((text[:B], text_mask[:B]) if text is not None else ()))
@@ -342,7 +343,7 @@ def generate(model, text, text_mask, codes, config=None, streams=None, negative=
         # Deviation: the released code drops the frames after the last whole span; here they are filled in at the end.
         codes[:, :, :whole] = generate(model, text, text_mask, codes[:, :, :whole], config, streams, negative, rescorer,
                                        on_step)
-        config = replace(config, decoding_steps=(1,))
+        config, on_step = replace(config, decoding_steps=(1,)), None
     if text is not None:
         text, text_mask = text.to(codes.device), text_mask.to(codes.device).bool()
         text, text_mask = (text, text_mask) if negative is None else with_negative(text, text_mask, negative)
@@ -377,14 +378,13 @@ def check_arguments(model, text, codes, config, rescorer):
 def main():
     parser = Parser(description="Make music from a text prompt.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to play; "" for no condition')
-    for config_class in (Request, SamplingConfig):
-        add_flags(parser, config_class)
+    add_flags(parser, Request, SamplingConfig)
     args = parser.parse_args()
     request, _ = from_flags(args, Request()), from_flags(args, SamplingConfig())  # faults are told before all loading
     clips, device = plan_clips(request, args.prompts), pick_device(request.device)
     dtype = pick_dtype(request.dtype, device)
     model, companions = load_model(request.model, device, dtype)
-    config = from_flags(args, SamplingConfig(**companions.sampling))  # flags go before the model's own settings
+    config = from_flags(args, make_config(SamplingConfig, companions.sampling, request.model))  # flags go first
     say_settings(config, companions.sampling)
     codec = load_codec(request.codec or companions.codec, model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(request.text_encoder or companions.text_encoder)
@@ -401,14 +401,14 @@ def main():
     batches = [clips[i:i + BATCH] for i in range(0, len(clips), BATCH)]
     texts = [encoder.encode_text([clip.prompt for clip in batch]) for batch in batches]
     del encoder  # its memory is wanted
-    with tqdm(total=len(batches) * len(parts), unit="window") as bar:
+    n_steps = len(batches) * len(parts) * sum(map(config.steps, range(codec.n_codebooks)))
+    with tqdm(total=n_steps if model.config.objective == "magnet" else None, unit="step") as bar:
         for batch, (text, text_mask) in zip(batches, texts, strict=True):
             codes = known.repeat(len(batch), 1, 1)
             streams = clip_streams(request.seed, [clip.number for clip in batch])
             for part in parts:
                 codes[:, :, part] = generate(model, text, text_mask, codes[:, :, part], config, streams, negative,
-                                             rescorer, frame_rate=codec.frame_rate)
-                bar.update()
+                                             rescorer, lambda **_: bar.update(), codec.frame_rate)
             for clip, row in zip(batch, codes, strict=True):
                 save_audio(clip.path, codec.decode(row[None])[..., :n_samples], codec.sample_rate)
                 say(f"wrote {clip.path}  {clip.prompt}  (again: --seed {request.seed} --only {clip.number})")

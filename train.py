@@ -34,12 +34,12 @@ from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
 from support.data import Entry, load_data
 from support.files import Companions, fingerprint, load_strictly, located, read_checkpoint
-from support.training import Processes, Run, unwrapped
+from support.training import RANK, WORLD, Run, join_processes
 from t5_encoder import T5Encoder
 
 MASK_RATES = (0.25, 0.5, 0.75, 1.0)  # at which validation measures
 VALIDATED = {"magnet": MASK_RATES, "ar": ("ar",), "hybrid": (*MASK_RATES, "ar")}  # what it measures of each codebook
-WORLDS = ("toy", "tunes")  # data sets that are synthesised, see `toy`
+WORLDS = {"toy": "toy.world", "tunes": "toy.tunes"}  # data sets that are synthesised, see `toy`
 STATE_KEYS = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id", "model", "ema",
               "optimizer", "scaler", "step", "rng")
 
@@ -115,7 +115,7 @@ def masked_cross_entropy(model, codes, stage, hidden, loss_mask, text, text_mask
     (B, T), the part of it that is not padding.
     """
     stage = int(torch.as_tensor(stage).flatten()[0])
-    inputs = mask_codes(codes, stage, hidden, unwrapped(model).mask_id)
+    inputs = mask_codes(codes, stage, hidden, model.mask_id)
     logits = model(inputs, stage, text, text_mask)  # (B, T, card)
     return F.cross_entropy(logits[loss_mask], codes[:, stage][loss_mask], reduction="sum")
 
@@ -127,8 +127,8 @@ def next_token_cross_entropy(model, codes, loss_mask, text, text_mask, shown=Non
     model, all by default. Deviation: MusicGen's released code leaves out the last k frames of codebook k, and always
     shows all codebooks.
     """
-    delayed = delay_codes(codes, unwrapped(model).mask_id)  # (B, K, T + K)
-    inputs = delayed if shown is None else delayed.masked_fill(~shown, unwrapped(model).mask_id)
+    delayed = delay_codes(codes, model.mask_id)  # (B, K, T + K)
+    inputs = delayed if shown is None else delayed.masked_fill(~shown, model.mask_id)
     logits = model(inputs, None, text, text_mask, mask=causal_attention_mask(*[delayed.shape[2]] * 2))
     loss_mask = delay_codes(loss_mask, False)[:, :, 1:]  # each position predicts what stands in the next
     return F.cross_entropy(logits[:, :, :-1][loss_mask], delayed[:, :, 1:][loss_mask], reduction="sum")
@@ -140,11 +140,11 @@ def hybrid_cross_entropy(model, codes, stage, hidden, n_prompt, loss_mask, text,
     codes: (B, K, T); stage, n_prompt: (B,) long, n_prompt frames of prompt, in codebook k k fewer; hidden: (B, T), in
     the frames after the prompt of codebook `stage`; loss_mask: (B, K, T), see `hybrid_loss_mask`.
     """
-    mask_id = unwrapped(model).mask_id
+    mask_id = model.mask_id
     delayed = delay_codes(codes, mask_id)  # (B, K, T + K)
     in_prompt = torch.arange(delayed.shape[2], device=codes.device) <= n_prompt[:, None, None]  # (B, 1, T + K)
     masked = delay_codes(mask_codes(codes, stage, hidden, mask_id), mask_id)
-    mask = hybrid_attention_mask(delayed.shape[2], n_prompt, stage, unwrapped(model).config.context)
+    mask = hybrid_attention_mask(delayed.shape[2], n_prompt, stage, model.config.context)
     logits = model(torch.where(in_prompt, delayed, masked), None, text, text_mask, mask=mask)  # (B, K, T + K, card)
     loss_mask = delay_codes(loss_mask, False)[:, :, 1:]  # every position predicts what stands in the next
     return F.cross_entropy(logits[:, :, :-1][loss_mask], delayed[:, :, 1:][loss_mask], reduction="sum")
@@ -180,9 +180,9 @@ def draw_batch(clips, config, n_codebooks, generator):
     weights = torch.tensor([*config.stage_weights, *[config.stage_weights[-1]] * K][:K])
     rows = torch.randint(len(clips), (B,), generator=generator)
     keep_text = torch.rand(B, generator=generator) >= config.condition_dropout
-    codes, text, text_mask = clips.batch(rows)
-    valid, T = clips.valid(rows), codes.shape[2]  # (B, T)
-    batch = {"codes": codes, "text": text, "text_mask": text_mask.bool() & keep_text[:, None]}
+    batch = clips.batch(rows)
+    valid, T = batch.pop("valid"), batch["codes"].shape[2]  # (B, T)
+    batch["text_mask"] = batch["text_mask"] & keep_text[:, None]
     if config.objective == "magnet":
         stage = torch.multinomial(weights, 1, generator=generator).expand(B)
         hidden = draw_hidden(B, T, config.span_len, generator)
@@ -215,9 +215,8 @@ def validate(model, clips, device, amp, max_clips=64, seed=0):
         for kind in VALIDATED[objective]:
             total = count = 0
             for part in rows.split(16):
-                codes, text, text_mask = clips.batch(part, device)
-                valid, of_stage = clips.valid(part).to(device), torch.arange(K, device=device)[:, None] == stage
-                task = {"codes": codes, "text": text, "text_mask": text_mask}
+                task = {name: x.to(device) for name, x in clips.batch(part).items()}
+                valid, of_stage = task.pop("valid"), torch.arange(K, device=device)[:, None] == stage
                 if kind == "ar":
                     loss, task["loss_mask"] = next_token_cross_entropy, valid[:, None] & of_stage
                 else:
@@ -258,8 +257,7 @@ def update_ema(ema, model, decay, step):
 
 def train(run, config, clips):
     """[Sec. 3.1, Sec. 4] The training loop. `run` holds what lasts, and sees to what happens between the steps."""
-    model, processes = run.model.train(), run.processes
-    network = processes.wrap(torch.compile(model) if run.flags.compile else model)
+    model, network = run.model.train(), run.network  # the network is the model, compiled or in several processes
     for step in run.steps():
         batch = draw_batch(clips, config, model.config.n_codebooks, run.generator)  # alike in every process
         n_tokens, loss = max(1, int(batch["loss_mask"].sum())), 0.0
@@ -267,10 +265,10 @@ def train(run, config, clips):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         run.optimizer.zero_grad(set_to_none=True)
-        for part in processes.parts(batch, config.accumulate, network):
+        for part in run.parts(batch):
             with run.amp():
                 part_loss = LOSSES[config.objective](network, **part) / n_tokens
-            run.scaler.scale(part_loss * processes.world).backward()  # gradients are averaged over the processes
+            run.scaler.scale(part_loss * WORLD).backward()  # gradients are averaged over the processes
             loss += part_loss.item()
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -298,7 +296,7 @@ def read_settings(args, flags):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint}: its config is not one of this version ({error})") from error
         fixed = vars(base).keys() - {"data", "codec", "text_encoder"}  # these may have moved; their content is checked
-    elif checkpoint.exists():
+    elif checkpoint.exists() and not flags.only_encode:
         raise ValueError(f"{flags.out} holds a run already: give --resume, or another --out")
     elif flags.init_from is None:
         return from_flags(args, TrainConfig()), {}
@@ -343,29 +341,31 @@ def world_entries(world, n_clips, split, seconds):
 
 
 def load_clips(config, flags, codec, encoder, device):
-    """The training and validation `Clips`, encoded into the cache where they are not there yet."""
+    """The training and validation `Clips`. What is not in the cache yet is encoded, by the first process alone."""
     entries = None
     if config.data in WORLDS:
-        world, n_valid = importlib.import_module("toy").world_of(config.data), max(1, config.toy_clips // 20)
+        world, n_valid = importlib.import_module(WORLDS[config.data]), max(1, config.toy_clips // 20)
         entries = [world_entries(world, n, split, config.seconds) for n, split in
                    ((config.toy_clips, "train"), (n_valid, "valid"))]
-    return load_data(config.data, codec, encoder, config.seconds, flags.cache, config.audio_key, config.caption_key,
-                     device=device, entries=entries)
+    if RANK > 0:
+        torch.distributed.barrier()
+    clips = load_data(config.data, codec, encoder, config.seconds, flags.cache, config.audio_key, config.caption_key,
+                      device=device, entries=entries)
+    if RANK == 0 and WORLD > 1:
+        torch.distributed.barrier()
+    return clips
 
 
 def main():
     parser = Parser(description="Train a MAGNeT.")
-    for config_class in (RunConfig, TrainConfig):
-        add_flags(parser, config_class)
+    add_flags(parser, RunConfig, TrainConfig)
     args = parser.parse_args()
     flags = from_flags(args, RunConfig())
     config, state = read_settings(args, flags)
-    processes = Processes(pick_device(flags.device))
-    processes.claim(flags.out)
-    device, world = processes.device, processes.world
-    if config.batch_size % (world * config.accumulate):
+    if config.batch_size % (WORLD * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
-                         f"{world} x {config.accumulate}")
+                         f"{WORLD} x {config.accumulate}")
+    device = join_processes(pick_device(flags.device))
     codec = load_codec(config.codec, config.n_codebooks or None, device)
     if not sum(config.stage_weights[:codec.n_codebooks]):
         raise ValueError(f"--stage-weights {config.stage_weights}: trains none of {codec.n_codebooks} codebooks")
@@ -374,8 +374,7 @@ def main():
     companions = Companions(config.codec, config.text_encoder, **before)
     companions.check(codec, encoder)
     companions.codec_id, companions.text_encoder_id = fingerprint(codec), fingerprint(encoder)
-    with processes.first_alone():
-        clips, valid_clips = load_clips(config, flags, codec, encoder, device)
+    clips, valid_clips = load_clips(config, flags, codec, encoder, device)
     say(f"{len(clips)} training clips and {len(valid_clips)} validation clips of {config.seconds:g} s")
     if flags.only_encode:
         return
@@ -386,12 +385,13 @@ def main():
     model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)
     if state:
         load_strictly(model, state["model"], Path(flags.out, "checkpoint.pt") if flags.resume else flags.init_from)
-    this_run = Run(flags, config, model, companions, processes, validate, VALIDATED[config.objective], valid_clips,
+    this_run = Run(flags, config, model, companions, device, validate, VALIDATED[config.objective], valid_clips,
                    state if flags.resume else None)
-    if processes.rank == 0:
-        say(f"{model} on {device} x {world}")
-    train(this_run, config, clips)
-    processes.close()
+    say(f"{model} on {device} x {WORLD}")
+    try:
+        train(this_run, config, clips)
+    finally:
+        this_run.close()
 
 
 if __name__ == "__main__":

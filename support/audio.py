@@ -16,10 +16,8 @@ import torch
 
 from support.files import whole_file
 
-RATES = (1_000, 1_000_000)  # Hz; a header outside of them is damaged
 BLOCK = 65_536  # samples that are read or written at once: libsndfile's OGG writer crashes on long arrays
 UNKNOWN = 2**62  # frames; libsndfile gives 2**63 - 1 for a FLAC that was written to a pipe
-CANCELLED = "its channels are of opposite phase: mixed to mono they are silent"
 
 
 @contextmanager
@@ -31,11 +29,11 @@ def open_audio(path):
         try:  # by its descriptor: the name need not be UTF-8, and the suffix says nothing
             sound = soundfile.SoundFile(raw.fileno(), closefd=False)
         except soundfile.SoundFileError as error:
-            raise ValueError(f"{path}: is not audio that libsndfile can read; convert it, as by ffmpeg -i OLD NEW.wav"
-                             ) from error
+            text = f"{path}: is not audio that libsndfile can read; convert it, as by ffmpeg -i OLD NEW.wav"
+            raise ValueError(text) from error
         with sound:
-            if not RATES[0] <= sound.samplerate <= RATES[1]:
-                raise ValueError(f"{path}: its sample rate is {sound.samplerate} Hz, want {RATES[0]:,} to {RATES[1]:,}")
+            if not 1_000 <= sound.samplerate <= 1_000_000:  # the header is damaged
+                raise ValueError(f"{path}: its sample rate is {sound.samplerate} Hz, want 1,000 to 1,000,000")
             yield raw, sound
 
 
@@ -69,19 +67,15 @@ def early_end(raw, sound, frames, errors):
     cut = re.search(r"(?:RIFF|FORM|riff|Data Size) +: (\d+) \(should be (\d+)", sound.extra_info)  # libsndfile's log
     if frames < sound.frames < UNKNOWN:
         return f"ends after {frames / sound.samplerate:.6g} s; its header says {sound.frames / sound.samplerate:.6g} s"
-    if errors:
-        return "is damaged, or holds several recordings, of which only the first was read"
     if cut and int(cut[2]) < int(cut[1]) < 2**31 - 2**16:  # more is what is written where the length is not known
         return f"was cut: {cut[2]} bytes are left of {cut[1]}"
-    if sound.format in ("MP3", "FLAC") and unread > 1024:  # less is a tag, with the title
-        return f"was read in part: its last {unread:,} bytes are another recording, damaged, or a large tag"
+    several = errors or sound.format in ("MP3", "FLAC") and unread > 1024  # less is a tag, with the title
     if sound.format == "OGG":
         with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            later = re.search(rb"OggS\0[\0\1\4\5]", data)  # the first page that does not begin a stream
-            if later and data.find(b"OggS\0\2", later.end()) >= 0:
-                return "holds several recordings, of which only the first was read"
-            if not data[data.rfind(b"OggS\0") + 5] & 4:
+            several = several or data.rfind(b"OggS\0\2") > 0  # a page that begins a stream
+            if not several and not data[data.rfind(b"OggS\0") + 5] & 4:
                 return "was cut: its last page is missing"
+    return "is damaged, or holds several recordings, of which only the first was read" if several else None
 
 
 def read_blocks(path, sample_rate, tell=None, max_seconds=None):
@@ -91,7 +85,7 @@ def read_blocks(path, sample_rate, tell=None, max_seconds=None):
     tell(text), or is a warning. ValueError names a file that cannot be read, or holds numbers that are not finite.
     """
     tell = tell or (lambda text: warnings.warn(f"{path}: {text}", stacklevel=2))
-    left = math.inf if max_seconds is None else max(1, round(max_seconds * sample_rate))
+    left = UNKNOWN if max_seconds is None else max(1, round(max_seconds * sample_rate))
     frames, power, mixed_power, errors = 0, 0.0, 0.0, []
     with open_audio(path) as (raw, sound):
         resampler = soxr.ResampleStream(sound.samplerate, sample_rate, 1)
@@ -102,18 +96,17 @@ def read_blocks(path, sample_rate, tell=None, max_seconds=None):
             frames += len(block)
             power += np.square(block, dtype=float).sum() / sound.channels
             mixed_power += np.square(mono, dtype=float).sum()
-            mono = resampler.resample_chunk(mono)[:left if left < math.inf else None]
+            mono = resampler.resample_chunk(mono)[:left]
             left -= len(mono)
             yield mono
             if not left:
                 break
-        rest = resampler.resample_chunk(np.empty(0, np.float32), last=True)
-        if left:
-            yield rest[:left if left < math.inf else None]
+        else:
+            yield resampler.resample_chunk(np.empty(0, np.float32), last=True)[:left]
             if problem := early_end(raw, sound, frames, errors):
                 tell(problem)
         if mixed_power < 1e-4 * power:
-            tell(CANCELLED)
+            tell("its channels are of opposite phase: mixed to mono they are silent")
 
 
 def load_audio(path, sample_rate, max_seconds=None):

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import typing
+import warnings
 from pathlib import Path
 
 import torch
@@ -45,12 +46,11 @@ class Config:
                 right = all(abs(x) <= sys.float_info.max and (low is None or x >= low) and (high is None or x <= high)
                             and (above is None or x > above) for x in values)
             if not right or limits["choices"] and value not in limits["choices"]:
-                bounds = [f"{word} {limits[name]:,}" for name, word in
-                          (("above", "above"), ("low", "at least"), ("high", "at most")) if limits[name] is not None]
-                name = {int: "whole number", float: "number", str: "text", bool: "True or False"}[kind]
-                wanted = " or ".join(map(str, limits["choices"] or ())) or " ".join(
-                    [f"{name}s" if many else name, " and ".join(bounds)]).strip()
-                raise ValueError(f"{field.name} must be {wanted}, not {value!r:.80}")
+                name = {int: "whole number", float: "number", str: "text", bool: "True or False"}[kind] + "s" * many
+                bounds = [f"{word} {limits[limit]:,}" for limit, word in
+                          (("above", "above"), ("low", "at least"), ("high", "at most")) if limits[limit] is not None]
+                wanted = " or ".join(map(str, limits["choices"] or ())) or f"{name} {' and '.join(bounds)}".strip()
+                raise ValueError(f"{field.name} must be {wanted}, not {repr(value)[:80] if value != () else 'empty'}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,10 +60,10 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def add_flags(parser, config_class):
-    """Give `parser` one flag for every field of a `Config`: top_p -> --top-p. What is not given is absent from the
+def add_flags(parser, *config_classes):
+    """Give `parser` one flag for every field of each `Config`: top_p -> --top-p. What is not given is absent from the
     parsed arguments, so that `from_flags` can tell it from a default."""
-    for field in dataclasses.fields(config_class):
+    for field in [field for config_class in config_classes for field in dataclasses.fields(config_class)]:
         flag, kind = field.metadata["flag"] or "--" + field.name.replace("_", "-"), field.type
         default = "" if field.default is None else f" (default: {field.default})".replace("%", "%%")
         more = {"dest": field.name, "default": argparse.SUPPRESS, "help": field.metadata["help"] + default}
@@ -114,15 +114,17 @@ def pick_dtype(name, device):
 # ------------------------------------------------------------------------------------------------------------ commands
 
 def say(text):
-    """Print a line; a reader that has gone away (`| head`) does not stop the work."""
+    """Print a line, in the first of torchrun's processes; a reader that has gone away (`| head`) stops no work."""
     try:
-        print(text, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(text, flush=True)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")
 
 
 def run(main):
-    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2.
+    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2. A warning
+    is one line, too.
 
     Ctrl-C and SIGTERM raise KeyboardInterrupt, so that both are treated alike: exit code 130 or 143.
     """
@@ -130,12 +132,14 @@ def run(main):
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, interrupt)
+    command = Path(sys.argv[0]).name
+    warnings.showwarning = lambda message, *_: print(f"{command}: warning: {message}", file=sys.stderr)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)

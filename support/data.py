@@ -8,16 +8,19 @@ cache files, and training reads only that. It leaves out what large data sets ne
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock  # which torch itself needs
+from filelock import FileLock
 from tqdm import tqdm
 
 from support.audio import audio_seconds, read_blocks
@@ -56,23 +59,19 @@ class Clips:
     def __len__(self):
         return len(self.codes)
 
-    def valid(self, rows):
-        """(B, T) bool, False at the padding that fills short clips."""
-        return torch.arange(self.codes.shape[2]) < self.n_frames[rows, None]
-
-    def batch(self, rows, device="cpu"):
-        """rows: (B,) long -> codes (B, K, T) long, text (B, L, C) float32, text_mask (B, L) float32."""
+    def batch(self, rows):
+        """rows: (B,) long -> {"codes": (B, K, T) long, "text": (B, L, C) float32, "text_mask": (B, L) bool, "valid":
+        (B, T) bool, False at the padding that fills short clips}."""
         texts = [self.text[i] for i in self.caption[rows]]
         text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).float()
         if not text.shape[1]:  # only empty captions: one masked place, so that there is something to attend to
             text = text.new_zeros(len(texts), 1, text.shape[2])
-        lengths = torch.tensor([len(t) for t in texts])
-        text_mask = (torch.arange(text.shape[1]) < lengths[:, None]).float()
-        return self.codes[rows].long().to(device), text.to(device), text_mask.to(device)
+        text_mask = torch.arange(text.shape[1]) < torch.tensor([len(t) for t in texts])[:, None]
+        valid = torch.arange(self.codes.shape[2]) < self.n_frames[rows, None]
+        return {"codes": self.codes[rows].long(), "text": text, "text_mask": text_mask, "valid": valid}
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
-# A source is a list of (name, look): look() gives the path of an audio file and its caption, or raises ValueError.
 
 def texts_of(content, where, *keys):
     """The texts under some keys of the JSON record that the bytes `content` hold; ValueError says where they do not."""
@@ -86,43 +85,30 @@ def texts_of(content, where, *keys):
     return [record[key].encode("utf-8", "replace").decode() for key in keys]
 
 
-def look_beside(path, caption_key):
-    """(path, caption) of an audio file with NAME.txt, or NAME.json with `caption_key`, beside it."""
-    if path.suffix in CAPTIONS:
-        raise ValueError("is a caption without audio")
-    audio_seconds(path)  # asks libsndfile whether this is audio
+def caption_beside(path, caption_key):
+    """The caption of an audio file in NAME.txt, or in NAME.json under `caption_key`. ValueError: there is none."""
     text, record = map(path.with_suffix, CAPTIONS)
-    if text.is_file():
-        try:
-            return path, text.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"its caption {text} is not UTF-8; save it in this encoding") from error
+    try:
+        if text.is_file():
+            return text.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its caption {text} is not UTF-8; save it in this encoding") from error
     if record.is_file():
-        return path, *texts_of(record.read_bytes(), f"its caption {record}", caption_key)
+        return texts_of(record.read_bytes(), f"its caption {record}", caption_key)[0]
     raise ValueError(f"has no caption; want {text.name} or {record.name} beside it")
-
-
-def look_in(line, folder, audio_key, caption_key):
-    """(path, caption) of a manifest's line; a relative path starts at `folder`."""
-    location, caption = texts_of(line, "this line", audio_key, caption_key)
-    audio_seconds(path := folder / location)
-    return path, caption
 
 
 def files_below(folder, skipped):
     """All files in a folder and its sub-folders, in order. Links are followed, but into no folder a second time."""
-    def unreadable(error):
-        skipped.append((error.filename, f"is a folder that cannot be read ({error.strerror})"))
-
-    files, seen = [], {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        for name in sorted(folders):
-            real = os.path.realpath(path := os.path.join(parent, name))
-            if real in seen or Path(real) in Path(os.path.realpath(parent)).parents:
-                folders.remove(name)
-                skipped.append((path, "links to a folder that is read in another place"))
-            seen.add(real)
+    files, seen = [], {folder.resolve()}
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: skipped.append(
+            (error.filename, f"is a folder that cannot be read ({error.strerror})"))):
         folders.sort()
+        for path in [Path(parent, name) for name in folders]:
+            if path.resolve() in {*seen, *Path(parent).resolve().parents}:
+                folders.remove(path.name)
+                skipped.append((path, "links to a folder that is read in another place"))
+            seen.add(path.resolve())
         files += [Path(parent, name) for name in names]
     return sorted(files)
 
@@ -134,19 +120,25 @@ def find_entries(data, audio_key, caption_key, sample_rate):
         files = files_below(path, skipped)
         stems = {file.with_suffix("") for file in files if file.suffix not in CAPTIONS}
         captions = {file for file in files if file.suffix in CAPTIONS and file.with_suffix("") in stems}
-        source = [(str(file), partial(look_beside, file, caption_key)) for file in files if file not in captions]
+        source = [(str(file), file) for file in files if file not in captions]
     elif path.is_file():
         if b"\0" in (content := path.read_bytes()):
             raise ValueError(f"{data}: is not a JSON-lines manifest in UTF-8")
-        source = [(f"{data}:{number}", partial(look_in, line, path.parent, audio_key, caption_key))
-                  for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+        source = [(f"{data}:{n}", line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
     else:
         raise ValueError(f"{data}: no such data set (want a folder of audio and captions, or a JSON-lines manifest)")
-    for name, look in source:
+    for name, file in source:
         try:
-            file, caption = look()
+            caption = None
+            if isinstance(file, bytes):  # a line of a manifest, whose paths start at its folder
+                location, caption = texts_of(file, "this line", audio_key, caption_key)
+                file = path.parent / location
+            elif file.suffix in CAPTIONS:
+                raise ValueError("is a caption without audio")
+            audio_seconds(file)  # asks libsndfile whether this is audio
+            caption = caption_beside(file, caption_key) if caption is None else caption
+            key = hashlib.sha256()
             with open(file, "rb") as content:
-                key = hashlib.sha256()
                 while part := content.read(2**20):
                     key.update(part)
             entries.append(Entry(str(file), key.hexdigest(), partial(read_blocks, file, sample_rate), caption.strip()))
@@ -157,16 +149,18 @@ def find_entries(data, audio_key, caption_key, sample_rate):
 
 # ------------------------------------------------------------------------------------------------------------- encoding
 
-def read_cache(path):
-    """The dictionary in the file `path`; a damaged one is left out with a word, and made again."""
-    try:
-        content = read_checkpoint(path) if path.is_file() else {}
-        if isinstance(content, dict):
-            return content
-        raise ValueError(f"{path}: is no cache")
-    except ValueError as error:
-        say(f"{error}; it is made again")
-        return {}
+def store(path, fresh):
+    """The dictionary in the file `path`, to which `fresh` is added; a damaged file is made again, with a word."""
+    content = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")) if fresh else nullcontext():
+        try:
+            content = read_checkpoint(path) if path.is_file() else {}
+        except ValueError as error:
+            say(f"{error}; it is made again")
+        if fresh:
+            save_whole(content | fresh, path)
+    return content | fresh
 
 
 def fill_cache(path, wanted, make):
@@ -175,22 +169,15 @@ def fill_cache(path, wanted, make):
     They are saved now and then, and at the end, an error or a stop by Ctrl-C or SIGTERM included. Processes may share
     the file: each adds to what the others have written. OSError if it cannot be written, as on a full disk.
     """
-    cache, fresh, next_save = read_cache(path), {}, time.monotonic() + SAVE_SECONDS
-
-    def save():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            save_whole(cache | read_cache(path) | fresh, path)
-
+    cache, fresh, next_save = store(path, {}), {}, time.monotonic() + SAVE_SECONDS
     try:
         for key, value in make([key for key in wanted if key not in cache]):
-            cache[key] = fresh[key] = value
+            fresh[key] = value
             if (start := time.monotonic()) > next_save:
-                save()
+                cache, fresh = store(path, fresh), {}
                 next_save = time.monotonic() + max(SAVE_SECONDS, 10 * (time.monotonic() - start))
     finally:
-        if fresh:
-            save()
+        cache = store(path, fresh) if fresh else cache
     return cache
 
 
@@ -209,30 +196,43 @@ def cut_clips(blocks, length):
         yield np.pad(held, (0, length - len(held))), len(held)
 
 
-def encode_entry(entry, codec, length, device):
-    """(codes (n, K, T) int16, n_frames (n,), [what is odd]) of an entry, which is read a few clips at a time."""
-    codes, samples, silent, odd = [], [], 0, []
-    clips = cut_clips(entry.read(odd.append), length)
-    while batch := list(itertools.islice(clips, BATCH)):
-        wav = torch.from_numpy(np.stack([clip for clip, _ in batch]))[:, None]  # (b, 1, length)
-        codes.append(codec.encode(wav.to(device)).cpu().to(torch.int16))
-        samples += [n for _, n in batch]
-        silent += int((wav.abs().amax(dim=(1, 2)) < SILENT).sum())
-    if not codes:
-        raise ValueError("holds no audio samples")
-    odd += [f"{silent} of its {len(samples)} clips are silent"] if silent else []
-    return torch.cat(codes), (torch.tensor(samples) / codec.hop_length).ceil().long(), odd
+def read_clips(entries, length):
+    """Read entries one after another, at most `BATCH` clips at a time: yield (key, clips (b, 1, length), how many
+    samples of each are audio); and at the end of each entry (key, None, [what is odd]), or ValueError or OSError there.
+    """
+    for entry in entries:
+        odd, silent, count = [], 0, 0
+        try:
+            clips = cut_clips(entry.read(odd.append), length)
+            while batch := list(itertools.islice(clips, BATCH)):
+                wav = torch.from_numpy(np.stack([clip for clip, _ in batch]))[:, None]
+                silent, count = silent + int((wav.abs().amax(dim=(1, 2)) < SILENT).sum()), count + len(batch)
+                yield entry.key, wav, [n for _, n in batch]
+            odd += [f"{silent} of its {count} clips are silent"] if silent else []
+            yield entry.key, None, odd if count else ValueError("holds no audio samples")
+        except (ValueError, OSError) as error:
+            yield entry.key, None, error
 
 
 def encode_audio(entries, codec, length, device, bad, keys):
-    """Yield (key, `encode_entry`'s result) of the entries {key: Entry} with these keys; bad[key] says what is wrong."""
-    for key in tqdm(keys, desc="encoding audio", disable=not keys):
-        try:
-            value = encode_entry(entries[key], codec, length, device)
-        except (ValueError, OSError) as error:
-            bad[key] = str(error)
-        else:
-            yield key, value
+    """Yield (key, (codes (n, K, T) int16, n_frames (n,), [what is odd])) of the entries {key: Entry} with these keys;
+    bad[key] says why an entry cannot be read. The next clips are read while the codec works on these."""
+    batches, codes, samples = read_clips([entries[key] for key in keys], length), [], []
+    with ThreadPoolExecutor(1) as reader, tqdm(total=len(keys), desc="encoding audio", disable=not keys) as bar:
+        coming = reader.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, batches, None)
+            key, wav, more = batch
+            if wav is not None:
+                codes.append(codec.encode(wav.to(device)).cpu().to(torch.int16))
+                samples += more
+                continue
+            if isinstance(more, Exception):
+                bad[key] = str(more)
+            else:
+                yield key, (torch.cat(codes), (torch.tensor(samples) / codec.hop_length).ceil().long(), more)
+            codes, samples = [], []
+            bar.update()
 
 
 def encode_captions(encoder, captions, batch=64):
@@ -244,39 +244,26 @@ def encode_captions(encoder, captions, batch=64):
 
 
 def encode(entries, codec, encoder, seconds, cache_dir="cache", device="cpu"):
-    """Fill both caches with what `entries` need -> (audio by key, text by caption, {key: why it cannot be read})."""
+    """Fill both caches with what `entries` need -> (the `Clips` of those that can be read, [(name, what is odd)],
+    [(name, why it cannot be read)])."""
     length, bad = round(seconds * codec.sample_rate), {}
     if length < 1:
         raise ValueError(f"clips of {seconds:g} s hold no sample")
     by_key = {entry.key: entry for entry in entries}
     audio = fill_cache(Path(cache_dir, f"codes-{fingerprint(codec)}-{codec.n_codebooks}x{length}.pt"), by_key,
                        partial(encode_audio, by_key, codec, length, device, bad))
-    captions = dict.fromkeys(entry.caption for entry in entries if entry.key in audio)
-    text = fill_cache(Path(cache_dir, f"text-{fingerprint(encoder)}.pt"), captions, partial(encode_captions, encoder))
-    return audio, text, bad
-
-
-def collect(entries, audio, text):
-    """The `Clips` of some entries, from what `encode` gave."""
-    captions = list(dict.fromkeys(entry.caption for entry in entries))
-    number = {caption: i for i, caption in enumerate(captions)}
-    codes, n_frames = zip(*(audio[entry.key][:2] for entry in entries), strict=True)
-    content = json.dumps([(entry.key, entry.caption) for entry in entries])
-    return Clips(
-        torch.cat(codes), torch.cat(n_frames), [text[caption].clone() for caption in captions],
-        torch.cat([torch.full((len(c),), number[e.caption]) for c, e in zip(codes, entries, strict=True)]),
+    good = [(entry, audio[entry.key]) for entry in entries if entry.key not in bad]
+    number = {caption: i for i, caption in enumerate(dict.fromkeys(entry.caption for entry, _ in good))}
+    text = fill_cache(Path(cache_dir, f"text-{fingerprint(encoder)}.pt"), number, partial(encode_captions, encoder))
+    none = torch.empty(0, codec.n_codebooks, math.ceil(length / codec.hop_length), dtype=torch.int16)
+    content = json.dumps([(entry.key, entry.caption) for entry, _ in good])
+    clips = Clips(
+        torch.cat([none, *(value[0] for _, value in good)]), torch.tensor([n for _, value in good for n in value[1]]),
+        [text[caption].clone() for caption in number],
+        torch.tensor([number[entry.caption] for entry, value in good for _ in value[1]]),
         hashlib.sha256(content.encode()).hexdigest()[:16])
-
-
-def report(data, entries, audio, skipped, captions):
-    """Say what was skipped and what is odd, file by file, and a sum in which all that was found is counted."""
-    odd = [(entry.name, text) for entry in entries for text in (*audio[entry.key], [])[2]]  # old caches have no notes
-    lines = [f"{word} {name}: {text.removeprefix(f'{name}: ')}"
-             for word, notes in (("skipped", skipped), ("note:", odd)) for name, text in notes]
-    lines += [f"{data}: {len(entries) + captions + len(skipped)} found = {len(entries)} encoded + {captions} captions "
-              f"+ {len(skipped)} skipped; {len(dict(odd))} with a note"]
-    for line in lines:
-        say(line.encode("utf-8", "backslashreplace").decode())
+    odd = [(entry.name, note) for entry, value in good for note in (*value, [])[2]]  # old caches have no notes
+    return clips, odd, [(entry.name, bad[entry.key]) for entry in entries if entry.key in bad]
 
 
 def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="location", caption_key="main_caption",
@@ -286,20 +273,30 @@ def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="locat
     Whole files are held out for validation, each with probability `valid_share` by a hash of its own content: that
     depends on no other file, and holds when the data set grows. Where it picks none, as it may in a small data set, the
     training clips are validated on. entries: (training entries, validation entries) of a data set that is not in files.
+    What was skipped and what is odd is said, file by file, and a sum in which all that was found is counted.
     ValueError where nothing can be read.
     """
-    skipped, captions = [], 0
+    skipped, captions, odd = [], 0, []
     if entries is None:
         found, skipped, captions = find_entries(data, audio_key, caption_key, codec.sample_rate)
         held_out = {entry.key for entry in found if int(entry.key[:8], 16) < valid_share * 2**32}
         entries = [[entry for entry in found if (entry.key in held_out) == part] for part in (False, True)]
-    audio, text, bad = encode([*entries[0], *entries[1]], codec, encoder, seconds, cache_dir, device)
-    skipped += [(entry.name, bad[entry.key]) for part in entries for entry in part if entry.key in bad]
-    train, valid = ([entry for entry in part if entry.key in audio] for part in entries)
-    report(data, train + valid, audio, skipped, captions)
-    if not train + valid:
+    parts, n_found = [], sum(map(len, entries)) + captions + len(skipped)
+    for part in entries:
+        clips, notes, unread = encode(part, codec, encoder, seconds, cache_dir, device)
+        parts.append(clips)
+        odd += notes
+        skipped += unread
+    lines = [f"{word} {name}: {text.removeprefix(f'{name}: ')}"
+             for word, notes in (("skipped", skipped), ("note:", odd)) for name, text in notes]
+    lines += [f"{data}: {n_found} found = {n_found - captions - len(skipped)} encoded + {captions} captions + "
+              f"{len(skipped)} skipped; {len(dict(odd))} with a note"]
+    for line in lines:
+        say(line.encode("utf-8", "backslashreplace").decode())
+    train, valid = parts
+    if not train and not valid:
         raise ValueError(f"{data}: the data set is empty: it holds no audio file with a caption that can be read")
     if not train or not valid:
         say(f"too few files to hold some out (each is held out with probability {valid_share:g}): "
             "validating on the training clips")
-    return collect(train or valid, audio, text), collect(valid or train, audio, text)
+    return train or valid, valid or train

@@ -65,9 +65,9 @@ def plan_clips(request, prompts):
 
 def say_settings(config, brought):
     """Print the settings that a model brings, a dictionary, which are used, and are not the defaults of `config`."""
+    brought = {name: tuple(value) if isinstance(value, list) else value for name, value in brought.items()}
     used = [f"{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-            for name, value in vars(config).items()
-            if name in brought and value == getattr(type(config)(**brought), name) != getattr(type(config)(), name)]
+            for name, value in vars(config).items() if brought.get(name) == value != getattr(type(config)(), name)]
     if used:
         say(f"settings of the model: {', '.join(used)}")
 

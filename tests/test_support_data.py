@@ -233,13 +233,13 @@ def test_load_data_gives_the_codes_of_each_piece_and_its_caption_to_all_of_them(
 
 
 def test_encode_audio_reads_a_long_recording_no_further_than_it_encodes(codec, monkeypatch):
-    """An entry that yields an hour, of which at most a batch of clips has been read when the codec stops it."""
+    """An hour of clips: when the codec stops at its first batch, at most the one after it has been read."""
     read = []
     entry = Entry("hour", "0", lambda tell: (read.append(i) or np.zeros(RATE, np.float32) for i in range(3600)), "x")
     monkeypatch.setattr(codec, "encode", lambda wav: next(iter(())))
     with pytest.raises(RuntimeError):  # what StopIteration becomes in a generator
         list(encode_audio({"0": entry}, codec, RATE, "cpu", {}, ["0"]))
-    assert len(read) <= data.BATCH + 1
+    assert len(read) <= 2 * data.BATCH + 1
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache
@@ -338,8 +338,8 @@ def test_fill_cache_saves_from_time_to_time(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SAVE_SECONDS", -1.0)  # as if each entry took longer than that
     stored = []
     fill_cache(tmp_path / "cache.pt", range(3), lambda keys: (
-        stored.append(len(data.read_cache(tmp_path / "cache.pt"))) or (key, key) for key in keys))
-    assert stored[:2] == [0, 1] and set(data.read_cache(tmp_path / "cache.pt")) == {0, 1, 2}
+        stored.append(len(data.store(tmp_path / "cache.pt", {}))) or (key, key) for key in keys))
+    assert stored[:2] == [0, 1] and set(data.store(tmp_path / "cache.pt", {})) == {0, 1, 2}
 
 
 def test_fill_cache_of_two_processes_keeps_the_entries_of_both(tmp_path):
@@ -352,7 +352,7 @@ def test_fill_cache_of_two_processes_keeps_the_entries_of_both(tmp_path):
             data.fill_cache(Path({str(tmp_path)!r}, "cache.pt"), [f"{{sys.argv[1]}}-{{i}}"], lambda ks: [(ks[0], 1)])"""
     both = [subprocess.Popen([sys.executable, "-c", code, name], cwd=Path(__file__).parents[1]) for name in "ab"]
     assert [process.wait() for process in both] == [0, 0]
-    assert set(data.read_cache(tmp_path / "cache.pt")) == {f"{name}-{i}" for name in "ab" for i in range(12)}
+    assert set(data.store(tmp_path / "cache.pt", {})) == {f"{name}-{i}" for name in "ab" for i in range(12)}
 
 
 def test_fill_cache_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path, full_disk):
@@ -360,7 +360,7 @@ def test_fill_cache_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path,
     fill_cache(path, ["old"], lambda keys: [("old", torch.zeros(9))])
     with full_disk(100_000), pytest.raises(OSError, match="cache.pt: could not be written"):
         fill_cache(path, ["new"], lambda keys: [("new", torch.zeros(10**6))])
-    assert set(data.read_cache(path)) == {"old"} and not list(tmp_path.glob(".*.tmp"))
+    assert set(data.store(path, {})) == {"old"} and not list(tmp_path.glob(".*.tmp"))
 
 
 # ------------------------------------------------------------------------------------------------------------ splitting
@@ -418,22 +418,19 @@ def clips():
     return Clips(codes, torch.tensor([7, 7, 2, 1]), text, torch.tensor([0, 1, 2, 0]))
 
 
-def test_valid_is_false_at_padding(clips):
-    assert clips.valid(torch.tensor([2, 0])).tolist() == [[True, True] + [False] * 5, [True] * 7]
-
-
 def test_batch_gives_the_rows_asked_for_and_pads_texts_with_zeros_which_the_mask_marks(clips):
-    codes, text, mask = clips.batch(torch.tensor([2, 0, 1]))
-    assert (codes.dtype, text.dtype, mask.dtype) == (torch.long, torch.float32, torch.float32)
+    codes, text, mask, valid = clips.batch(torch.tensor([2, 0, 1])).values()
+    assert (codes.dtype, text.dtype, mask.dtype) == (torch.long, torch.float32, torch.bool)
     assert torch.equal(codes, clips.codes[[2, 0, 1]].long())
     assert torch.equal(text[0], clips.text[2].float()) and torch.equal(text[1, :2], clips.text[0].float())
     assert not text[1, 2:].any() and not text[2].any()
     assert mask.tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
+    assert valid.tolist() == [[True, True] + [False] * 5, [True] * 7, [True] * 7], "False at padding"
 
 
 @pytest.mark.parametrize("rows", [[1], [1, 1, 1]])
 def test_batch_of_empty_captions_is_the_null_condition_of_the_model(clips, rows):
-    codes, text, mask = clips.batch(torch.tensor(rows))
+    codes, text, mask, _ = clips.batch(torch.tensor(rows)).values()
     assert not mask.any()
     model = MAGNeT(ModelConfig(card=16, dim=32, n_heads=2, n_layers=2, text_dim=8)).eval()
     logits = model(codes, 0, text, mask)

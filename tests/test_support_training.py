@@ -1,4 +1,4 @@
-"""What a run needs around its loop, piece by piece: the log, the parts of a batch, precision, random states.
+"""What a run needs around its loop, piece by piece: the log, the parts of a batch, random states.
 
 Whole runs that stop, resume and split up are in test_train.py.
 """
@@ -7,13 +7,14 @@ import csv
 import os
 import signal
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from support import training
-from support.training import Log, Processes, precision, random_states, restore_random_states, unwrapped
+from support.training import Log, Run, random_states, set_random_states
+from train import TrainConfig
 
 CPU = torch.device("cpu")
 ROWS = "step,loss,seconds\n1,5.5,10\n2,5.25,20\n"
@@ -29,7 +30,7 @@ def test_log_drops_the_rows_after_the_checkpoint_and_a_torn_one_and_counts_the_s
     assert 20 <= float(rows[-1]["seconds"]) < 30, "time goes on where the checkpoint's row stopped"
 
 
-@pytest.mark.parametrize("torn", ["3", "3,", "3,5.2", "3,5.2,", "x", ",,", "3,5.2,x"])
+@pytest.mark.parametrize("torn", ["3", "3,", "3,5.2", "3,5.2,", "x", ",,", "3,5.2,x", "3,\0\0,5", "\0" * 9])
 def test_log_that_was_torn_anywhere_can_be_gone_on_with(torn, tmp_path):
     (tmp_path / "log.csv").write_text(ROWS + torn)
     Log(tmp_path / "log.csv", ["step", "loss", "seconds"], first=2).write(step=3, loss=5.0)
@@ -46,37 +47,23 @@ def test_log_keeps_its_history_if_it_is_killed_while_it_is_written_anew(tmp_path
     assert (tmp_path / "log.csv").read_text() == ROWS
 
 
-def test_parts_gives_every_process_its_own_rows_and_all_of_them_once():
+def test_parts_gives_every_process_its_own_rows_and_all_of_them_once(monkeypatch):
     batch, seen = {"codes": torch.arange(24).view(12, 2), "stage": torch.arange(12)}, []
+    run = SimpleNamespace(config=TrainConfig(accumulate=3), device=CPU, network=SimpleNamespace(no_sync=nullcontext))
+    monkeypatch.setattr(training, "WORLD", 2)
     for rank in (0, 1):
-        processes = Processes(CPU)
-        processes.rank, processes.world = rank, 2
-        model = nn.Module()
-        model.no_sync = nullcontext  # of a model that torch distributes
-        for part in processes.parts(batch, 3, model):
+        monkeypatch.setattr(training, "RANK", rank)
+        for part in Run.parts(run, batch):
             assert part["codes"].equal(batch["codes"][part["stage"]]), "the rows of all tensors belong together"
             seen.append(part["stage"].tolist())
     assert len(seen) == 6 and sorted(sum(seen, [])) == list(range(12))
 
 
-def test_precision_multiplies_in_the_type_asked_for_and_scales_gradients_of_float16_only():
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        amp, scaled = precision(name, CPU)
-        with amp():
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype and scaled == (name == "fp16")
-
-
 def test_random_states_bring_back_every_number(generator):
     states = random_states(generator, CPU)
     first = torch.rand(3), torch.rand(3, generator=generator)
-    restore_random_states(states, generator, CPU)
+    set_random_states(states, generator, CPU)
     assert torch.rand(3).equal(first[0]) and torch.rand(3, generator=generator).equal(first[1])
-
-
-def test_unwrapped_finds_the_model_inside_its_wrappers():
-    model, wrapped, compiled = nn.Linear(1, 1), nn.Module(), nn.Module()
-    compiled._orig_mod, wrapped.module = model, compiled
-    assert unwrapped(model) is unwrapped(compiled) is unwrapped(wrapped) is model
 
 
 def test_write_samples_that_fails_says_how_to_see_why_and_training_goes_on(tmp_path, capsys):

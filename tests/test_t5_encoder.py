@@ -82,14 +82,14 @@ def test_forward_sees_distances_and_not_positions(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- the network
 
 def test_rms_norm_keeps_the_mean_and_drops_the_scale():
-    norm = T5Encoder(T5Config(500, 4, 16, 128, 1, 1)).final_norm
+    norm = RMSNorm(4, 1e-6)
     torch.testing.assert_close(norm(torch.full((4,), 1e4)), torch.ones(4))
     torch.testing.assert_close(norm(torch.tensor([3.0, 4.0, 0.0, 0.0])).square().mean(), torch.tensor(1.0))
 
 
 def test_attention_adds_its_bias_to_scores_that_are_not_scaled():
-    """With q = x, k = x and v = x the scores of the first token are ln 3 and 0; with a bias of ln 3 for the second token
-    they are equal. Divided by sqrt(D) = 2 the first weight would be 0.63 in place of 3/4."""
+    """With q = k = v = x the scores of the first token are ln 3 and 0; a bias of ln 3 for the second token makes them
+    equal. Divided by sqrt(D) = 2 the first weight would be 0.63 and not 3/4."""
     attention, root = Attention(replace(NETWORK, d_model=4, d_kv=4, num_heads=1)), math.sqrt(math.log(3))
     for layer in (attention.q, attention.k, attention.v, attention.o):
         torch.nn.init.eye_(layer.weight)

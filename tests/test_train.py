@@ -27,15 +27,17 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from conftest import TINY, assert_one_line
+from filelock import FileLock
 from torch import nn
 
+import sample
 import train
-from encodec_wrap import Codec, load_codec
+from encodec_wrap import TOY_CODEC, Codec, load_codec
 from masking import causal_attention_mask, delay_codes, hybrid_attention_mask, spans_from_starts
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate
 from support.data import Clips
-from support.request import Request, window_size
+from support.request import windows
 from t5_encoder import T5Encoder
 from train import (
     LOSSES,
@@ -340,7 +342,7 @@ def test_validate_measures_what_was_trained_and_is_at_chance_for_a_model_that_kn
 
 
 def test_validate_does_not_count_padding_and_gives_nan_where_nothing_counts(clips):
-    oracle, real = Oracle(12, T, 16), clips.valid(torch.arange(12))
+    oracle, real = Oracle(12, T, 16), clips.batch(torch.arange(12))["valid"]
     with torch.no_grad():  # it knows the tokens of all frames that are not padding
         oracle.logits.copy_(100.0 * F.one_hot(clips.codes[:, 0].long(), 16) * real[..., None])
     assert list(validate(oracle, clips, "cpu", nullcontext)[0].values()) == pytest.approx([0] * 4)
@@ -453,7 +455,8 @@ def test_train_in_parts_has_the_gradient_of_the_mean_over_all_tokens_of_the_batc
     whole, parts = watch(flags), watch(f"{flags} --accumulate 4")
     assert len(whole.parts) == 2 and len(parts.parts) == 8
     torch.testing.assert_close(parts.gradients[0], whole.gradients[0], atol=1e-6, rtol=1e-3)
-    model = train.new_model(whole.run.config, load_codec("toy"), T5Encoder.from_pretrained("toy"))
+    torch.manual_seed(0)
+    model = MAGNeT(whole.run.model.config)
     batch = whole.parts[0]
     (LOSSES[objective](model, **batch) / batch["loss_mask"].sum()).backward()
     by_hand = flat(p.grad for p in model.parameters() if p.grad is not None)
@@ -524,12 +527,18 @@ def test_a_setting_of_train_config_changes_what_it_should(setting, watch, by_def
         assert after == (pytest.approx(expected) if isinstance(expected, list) else expected) and before != after
 
 
+def test_train_multiplies_in_the_type_asked_for_and_scales_the_loss_for_float16_only(watch):
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        seen = watch(f"--dtype {name} --steps 1")
+        assert seen.type == dtype and seen.run.scaler.is_enabled() == (name == "fp16")
+
+
 @pytest.mark.parametrize("ms, frames", [(100, 5), (0, 0), (-1, -1), (30, 2)])
-def test_new_model_turns_the_context_into_frames_to_the_nearest_and_a_negative_one_into_everywhere(ms, frames):
+def test_model_config_turns_the_context_into_frames_to_the_nearest_and_a_negative_one_into_everywhere(ms, frames):
     codec, encoder = SimpleNamespace(n_codebooks=1, codebook_size=16, frame_rate=50.0), SimpleNamespace()
     encoder.config = SimpleNamespace(d_model=8)
-    model = train.new_model(TrainConfig(context_ms=ms, dim=8, n_heads=1, n_layers=1), codec, encoder)
-    assert model.config.context == frames and model(torch.zeros(1, 1, 9).long(), 0).shape == (1, 9, 16)
+    config = train.model_config([], TrainConfig(context_ms=ms, dim=8, n_heads=1, n_layers=1), {}, codec, encoder)
+    assert config.context == frames and MAGNeT(config)(torch.zeros(1, 1, 9).long(), 0).shape == (1, 9, 16)
 
 
 FRAMES = torch.arange(120).view(1, K, 30) % 16, 1, torch.ones(1, 3, 8), torch.ones(1, 3)  # codes, stage, text, its mask
@@ -560,7 +569,7 @@ MODEL = {  # the same of a model; the weights are those of the default model whe
     "text_len": (9, lambda model: model(*FRAMES).amax(dim=2)[0].tolist(), OTHERS),
     "context": (2, reach, 9),  # two frames on each side in each of two layers
     "span_len": (5, lambda model: int(decode(model)[19]["hidden"].sum()), 5),  # the last step hides one span
-    "seconds": (0.3, lambda model: window_size(Request(), model.config.seconds, 50.0)[0], 15),
+    "seconds": (0.3, lambda model: windows(torch.zeros(9) > 0, model.config.seconds, frame_rate=50)[0].stop, 15),
     "dropout": (1.0, lambda model: model.train().blocks[0](x := torch.eye(32)[None]).equal(x), True),
     "objective": ("ar", lambda model: "position" in decode(model)[0], True),
 }
@@ -628,7 +637,7 @@ def test_train_logs_the_mean_loss_per_hidden_token_since_the_last_row(train_tiny
 def test_train_writes_a_checkpoint_of_tensors_and_plain_types_and_nothing_else(tiny_run):
     state = read_state(tiny_run)
     assert state["step"] == 10 and state["config"] == vars(TrainConfig(**state["config"]))
-    assert sorted(os.listdir(tiny_run)) == ["checkpoint.pt", "log.csv"]
+    assert sorted(os.listdir(tiny_run)) == [".lock", "checkpoint.pt", "log.csv"]
 
 
 def test_train_reads_only_the_cache_once_it_is_filled(train_tiny, tiny_run, tmp_path, monkeypatch):
@@ -655,10 +664,10 @@ def test_a_hybrid_that_learned_two_clips_by_heart_plays_them_in_every_way(genera
         optimizer.zero_grad()
         (hybrid_cross_entropy(model, **batch) / batch["loss_mask"].sum()).backward()
         optimizer.step()
-    _, text, text_mask = clips.batch(torch.arange(2))
+    batch = clips.batch(torch.arange(2))
     for seconds in (0.0, 0.06, 0.12):
         config = SamplingConfig((8, 4), greedy=True, guidance_start=1, ar_guidance=1, hybrid_seconds=seconds)
-        played = generate(model, text, text_mask, torch.full_like(codes, MASK), config)
+        played = generate(model, batch["text"], batch["text_mask"], torch.full_like(codes, MASK), config)
         assert played.equal(codes), f"with {seconds} s from left to right {(played != codes).sum()} of 40 tokens differ"
 
 
@@ -667,7 +676,7 @@ def test_train_init_from_takes_the_averaged_weights_and_nothing_else(train_tiny,
     assert state["step"] == 1 and all(entry["step"] == 1 for entry in state["optimizer"]["state"].values())
     for weights in (state["model"], state["ema"]):
         torch.testing.assert_close(weights, read_state(tiny_run)["ema"], atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="tiny.*shape"):
+    with pytest.raises(ValueError, match="tiny goes on with dim 32; --dim 16"):
         train_tiny(tmp_path / "other", f"--init-from {tiny_run} --dim 16")
 
 
@@ -743,14 +752,14 @@ def test_train_on_a_full_disk_ends_with_one_line_and_keeps_the_old_checkpoint(ca
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_one_line(ended, "checkpoint.pt", "what was there is kept")
     assert read_state(tmp_path / "run")["step"] == 5
-    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "log.csv"], "and nothing half-written"
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "checkpoint.pt", "log.csv"], "and nothing half-written"
 
 
 def test_train_touches_a_run_only_to_resume_it_with_its_own_settings(train_tiny, tiny_run):
     before = {path.name: path.read_bytes() for path in tiny_run.iterdir()}
     with pytest.raises(ValueError, match="holds a run already.*--resume"):
         train_tiny(tiny_run)
-    with pytest.raises(ValueError, match="dim is 32, not 96"):
+    with pytest.raises(ValueError, match="goes on with dim 32; --dim 96"):
         train_tiny(tiny_run, "--resume --dim 96")
     assert {path.name: path.read_bytes() for path in tiny_run.iterdir()} == before
 
@@ -810,7 +819,7 @@ WRONG = {  # flags: what the line names
     "--dropout 2": "dropout must be", "--n-heads 7": "n_heads", "--init-from missing": "missing",
     "--val-every 0": "val_every", "--stage-weights 0 0 0 0 1": "none of 4 codebooks",
     "--stage-weights inf": "stage_weights must be", "--stage-weights 1 -1": "stage_weights", "--seconds inf": "seconds",
-    "--lr nan": "lr must be", "--dim 4294967296": "dim must be", "--lr=--": "lr must be", "--objective x": "--object",
+    "--lr nan": "lr must be", "--dim 4294967296": "dim must be", "--lr=--": "not empty", "--objective x": "--object",
     "--dtype fp8": "--dtype", "--steps": "--steps", "--nonsense 1": "--nonsense",
 }
 
@@ -832,3 +841,49 @@ def test_train_only_encode_fills_the_cache_that_training_reads_and_stops(call, t
     assert ended.code == 0 and "3 training clips and 3 validation clips of 1 s" in ended.out
     assert {path.name.split("-")[0] for path in Path("cache").glob("*.pt")} == {"codes", "text"}
     assert not Path("run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- runs that move
+
+def test_a_run_that_is_moved_with_its_codec_and_data_is_played_and_resumed(call, train_tiny, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "music").mkdir(parents=True)
+    shutil.copyfile(TOY_CODEC, here / "codec.pt")
+    soundfile.write(here / "music" / "a.wav", np.sin(np.arange(32_000) / 9) / 2, 16_000)
+    (here / "music" / "a.txt").write_text("a flute")
+    train_tiny(here / "run", f"--data {here}/music --codec {here}/codec.pt --steps 2")
+    here.rename(there)
+    assert call(sample, "a flute", "--model", there / "run", "--decoding-steps", 1).code == 0
+    kept = torch.load(there / "run" / "checkpoint.pt", weights_only=True)
+    assert (kept["codec"], kept["config"]["data"]) == (os.path.join("..", "codec.pt"), os.path.join("..", "music"))
+    assert call(train, "--out", there / "run", "--resume", "--cache", train_tiny.cache).code == 0
+    elsewhere = tmp_path / "elsewhere.pt"
+    (there / "codec.pt").rename(elsewhere)
+    assert_one_line(call(sample, "a flute", "--model", there / "run"), "codec.pt")
+    assert call(sample, "a flute", "--model", there / "run", "--codec", elsewhere, "--decoding-steps", 1).code == 0
+
+
+def test_resume_notices_that_the_data_set_has_changed(call, train_tiny, tmp_path):
+    music, run = tmp_path / "music", tmp_path / "run"
+    music.mkdir()
+    for name, caption in (("a", "a flute"), ("b", "a bell")):
+        soundfile.write(music / f"{name}.wav", np.sin(np.arange(16_000) / (9 + ord(name))) / 2, 16_000)
+        (music / f"{name}.txt").write_text(caption)
+    train_tiny(run, f"--data {music} --steps 2")
+    (music / "b.txt").write_text("a drum")
+    ended = call(train, "--out", run, "--resume", "--cache", train_tiny.cache)
+    assert ended.code == 2 and "music has changed since the run began" in ended.err.splitlines()[-1]
+
+
+def test_two_trainings_in_one_folder_are_refused(call, train_tiny, tmp_path):
+    with FileLock(tmp_path / ".lock"):
+        ended = call(train, "--out", tmp_path, "--cache", train_tiny.cache, *TINY)
+    assert ended.code == 2 and "another process trains there" in ended.err.splitlines()[-1]
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_init_from_a_model_of_another_objective_says_so(call, tiny_run, train_tiny, tmp_path):
+    flags = ["--init-from", tiny_run, "--objective", "ar", "--toy-clips", 24, "--steps", 1, "--cache", train_tiny.cache]
+    ended = call(train, "--out", tmp_path / "ar", *flags)
+    assert ended.code == 0 and "was trained for the objective magnet; this run is ar" in ended.out
+    assert_one_line(call(train, "--out", tmp_path / "b", *flags, "--dim", 48), "goes on with dim 32; --dim 48")

@@ -7,8 +7,12 @@ import importlib.util
 
 import numpy as np
 import pytest
+import torch
 
 from toy import band, memory, signals, tunebook, tunes
+from toy.evaluate import swapped_prompts
+from toy.train_codec import check
+from toy.train_text import draw_caption
 from toy.tunes import ATTRIBUTES, PAIR, PITCHES, PROGRAMS, RATES, SAMPLE_RATE, SPLITS, UNSEEN_PAIRS, WORDS
 
 PACKAGES = ("music21", "symusic", "tinysoundfont", "pretty_midi")
@@ -111,6 +115,59 @@ def test_tunes_families_join_a_copy_in_another_key_with_changes_and_no_stranger(
 def test_memory_runs_leave_out_repeated_notes():
     assert memory.runs([60, 62, 62, 64, 60], length=2) == [(2, 2), (2, -4)]
     assert memory.runs([60, 62], length=2) == []
+
+
+def test_memory_nearest_codes_is_one_for_a_copy_and_counts_equal_frames():
+    bank = torch.tensor([[[1, 2, 3, 4]], [[1, 1, 1, 1]]])  # (m, K, T)
+    codes = torch.tensor([[[1, 1, 1, 1]], [[1, 2, 9, 9]]])
+    assert memory.nearest_codes(codes, bank).tolist() == [1.0, 0.5]
+
+
+def test_memory_nearest_embedding_is_the_nearest():
+    bank = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert memory.nearest_embeddings(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), bank).tolist() == pytest.approx([1, 0])
+
+
+def test_tunes_swapped_prompts_ask_for_one_other_thing_that_training_may_hold():
+    names, seen = list(ATTRIBUTES), tunes.combinations("train")
+    before, after, labels, which = swapped_prompts(60, place=tunes)
+    asked = [{name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), row, strict=True)} for row in labels]
+    assert all(row in seen for row in asked)
+    for i, (old, new, row, changed) in enumerate(zip(before, after, asked, which, strict=True)):
+        others = {name: value for name, value in tunes.describe(i, "valid", 9)[0].items() if row[name] != value}
+        assert list(others) == [names[changed]] and old != new
+
+
+def test_tunes_caption_labels_tell_what_is_left_unsaid():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        caption, labels = draw_caption(rng, place=tunes)
+        for (name, values), label in zip(ATTRIBUTES.items(), labels, strict=True):
+            said = [value for value in values if any(f" {word} " in f" {caption.replace(',', '')} "
+                                                     for word in WORDS[name][value])]
+            assert label == len(values) or values[label] in said, (caption, name)
+
+
+class Echo:
+    """A codec that keeps everything, in one code."""
+
+    codebook_size = 4
+
+    def encode(self, wav):
+        self.wav = wav
+        return torch.zeros(len(wav), 1, 5, dtype=torch.long)
+
+    def decode(self, codes):
+        return self.wav * self.gain
+
+
+def test_codec_check_measures_no_distance_of_a_copy_and_half_of_half_the_level():
+    codec, clips = Echo(), torch.randn(3, 8000).half()
+    codec.gain = 1.0
+    assert check(codec, clips) == pytest.approx(
+        {"relative mel distance": 0, "log-mel distance": 0, "bits per code": 0}, abs=1e-5)
+    codec.gain = 0.5
+    assert check(codec, clips)["relative mel distance"] == pytest.approx(0.5, abs=1e-4)
 
 
 def test_signals_melody_hears_the_notes_of_plain_tones_and_no_slips():
@@ -272,7 +329,6 @@ def test_tunes_test_clips_play_test_tunes(monkeypatch):
 
 @wants_tunes
 def test_memory_finds_training_tunes_in_clips_of_them_more_than_in_test_tunes():
-    import torch
     shares = {}
     for split in ("train", "test"):
         clips = [tunes.render(PLAIN | {"tempo": "medium"}, np.random.default_rng(seed), split=split)

@@ -13,6 +13,7 @@ prompts and real clips are of test tunes, and it is told how much of the trainin
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,7 @@ from encodec_wrap import load_codec
 from model import load_model
 from sample import BATCH, SamplingConfig, clip_streams, generate
 from support.cli import Parser, add_flags, from_flags, pick_device, pick_dtype, run
-from support.data import collect, encode
-from support.training import precision
+from support.data import encode
 from t5_encoder import T5Encoder
 from toy import WORLDS, memory, signals, world, world_of
 from toy.judge import load_judge
@@ -216,9 +216,8 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
         result["swaps"] = swap_shares(*read, labels, which)
     if losses:
         entries = world_entries(place, 64, "valid", model.config.seconds)
-        audio, text, _ = encode(entries, codec, encoder, model.config.seconds, cache, device)
-        clips = collect(entries, audio, text)
-        values = validate(model, clips, device, precision("fp32", device)[0])
+        clips, _, _ = encode(entries, codec, encoder, model.config.seconds, cache, device)
+        values = validate(model, clips, device, nullcontext)
         result["cross_entropy"] = {f"codebook {k + 1}": sum(values[k].values()) / len(values[k]) for k in values}
     result["chance_cross_entropy"] = math.log(model.config.card)
     result["seconds_per_clip"] = seconds / (2 * half)

@@ -8,6 +8,7 @@ that k-means, which starts the codebooks, sees an encoder that already encodes s
 
     python -m toy.train_codec --out runs/codec --minutes 30
     python -m toy.train_codec --data tunes --out runs/tunes_codec --minutes 80 --bf16
+    python -m toy.train_codec --data tunes --check runs/tunes_codec/codec.pt       # how near it comes to fresh clips
     python -m toy.train_codec --data my_music --out runs/my_codec --minutes 120    # any folder of audio files
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm, trange
 
-from encodec_wrap import Codec, CodecConfig
+from encodec_wrap import Codec, CodecConfig, load_codec
 from support.audio import load_audio
 from support.cli import Parser, run
 from toy import WORLDS, world_of
@@ -49,10 +50,10 @@ RECIPES = {
 }
 
 
-def world_clips(name, n):
-    """`n` training clips of a world: (n, S) float16."""
+def world_clips(name, n, split="train"):
+    """`n` clips of a world: (n, S) float16."""
     world = world_of(name)
-    clips = (world.example(i, "train", seed=1)[0] for i in trange(n, desc="synthesis"))
+    clips = (world.example(i, split, seed=1)[0] for i in trange(n, desc="synthesis"))
     return torch.stack([torch.from_numpy(clip).half() for clip in clips])
 
 
@@ -95,6 +96,21 @@ def reconstruction_losses(wav, target, resolutions=RECIPES["toy"].resolutions):
     return time_loss, linear_loss, log_loss
 
 
+def check(codec, clips):
+    """What a codec makes of clips (n, S): {measure: value}; both distances between mel spectrograms of 64 bands."""
+    sums, codes = torch.zeros(3), []
+    for wav in tqdm(clips.split(8), desc="through the codec"):
+        codes.append(codec.encode(wav[:, None].float()))
+        a, b = (mel_spectrogram(x, SAMPLE_RATE) for x in (codec.decode(codes[-1])[:, 0, :wav.shape[1]], wav.float()))
+        logs = (log_mel(a) - log_mel(b)).abs().mean(dim=(1, 2)).sum()
+        sums += torch.stack([(a - b).abs().sum(), b.sum(), logs])
+    codes = torch.cat(codes).transpose(0, 1).flatten(1)  # (K, n * T)
+    shares = [row.bincount(minlength=codec.codebook_size) / len(row) for row in codes]
+    bits = [-(share * share.clamp(min=1e-9).log2()).sum().item() for share in shares]
+    return {"relative mel distance": (sums[0] / sums[1]).item(), "log-mel distance": sums[2].item() / len(clips),
+            "bits per code": sum(bits) / len(bits)}
+
+
 @torch.no_grad()
 def start_codebooks(model, wav):
     """Let the quantizer run its k-means on the latents of audio (B, S)."""
@@ -127,8 +143,13 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--recipe", choices=RECIPES, help="size and loss; default: that of --data, toy for a folder")
     parser.add_argument("--bf16", action="store_true", help="run encoder and decoder in bfloat16")
+    parser.add_argument("--check", type=Path, help="do not train: measure this codec file on 200 fresh clips of --data")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args()
+    if args.check:
+        fresh = world_clips(args.data, 200, "test" if args.data == "tunes" else "valid")
+        print(", ".join(f"{name} {value:.3f}" for name, value in check(load_codec(args.check), fresh).items()))
+        return
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.recipe or (args.data if args.data in RECIPES else "toy")]

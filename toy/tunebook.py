@@ -11,8 +11,10 @@ import importlib.util
 import inspect
 import os
 import re
+import sys
 import zlib
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -102,6 +104,20 @@ def families(tunes, length=10, alike=0.25):
     return [root(i) for i in range(len(tunes))]
 
 
+@contextmanager
+def quiet():
+    """Nothing is printed meanwhile, not by C++ either: the reader of ABC has a word for every odd sign in the books."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 @lru_cache(1)
 def corpus():
     """All tunes of use, each with its `split`, from its family: read in half a minute once, then from a file."""
@@ -112,7 +128,9 @@ def corpus():
     if not path.is_file():
         pages = [page.read_text("utf-8", "replace") for book in BOOKS for page in sorted((books / book).glob("*.abc"))]
         parts = [part for page in pages for part in re.split(r"^(?=X:)", page, flags=re.M)]
-        tunes = [tune for tune in map(read_tune, parts) if tune]
+        print("reading the tunes; this is done once")
+        with quiet():
+            tunes = [tune for tune in map(read_tune, parts) if tune]
         for tune, family in zip(tunes, families(tunes), strict=True):
             tune["family"] = family
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,8 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from cli import run
 
+from support.cli import run
 from toy.band import accompany, beats_of, loudness, play, swing
 from toy.tunebook import corpus
 
@@ -91,8 +91,8 @@ def describe(index, split="train", seed=0):
 def choose(attributes, rng, seconds, split):
     """A window of a tune that is what the attributes say: (tune, its first tick, seconds per tick, semitones to move).
 
-    Its melody has as many notes per second as the tempo asks for, and its key can be heard: a third of the time goes to
-    the triad of the key, with the third of its mode and hardly any of the other. ValueError if 1,000 draws find none.
+    Its melody has as many notes per second as the tempo asks for, and its key can be heard: two fifths of the time go
+    to the triad of the key, with the third of its mode and hardly any of the other. ValueError if 1,000 draws fail.
     """
     tunes = tunes_of(split, attributes["dance"], attributes["mode"])
     low, high = RATES[attributes["tempo"]]

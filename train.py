@@ -11,14 +11,15 @@ Deviation: AdamW as in the paper; the released recipe sets its step sizes by D-A
     torchrun --nproc-per-node 4 train.py --data toy --out runs/toy
 """
 
-import hashlib
 import importlib
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from encodec_wrap import load_codec
 from masking import (
@@ -32,14 +33,14 @@ from masking import (
 )
 from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
-from support.data import Entry, load_data
+from support.data import load_data
 from support.files import Companions, fingerprint, load_strictly, located, read_checkpoint
 from support.training import RANK, WORLD, Run, join_processes
 from t5_encoder import T5Encoder
 
 MASK_RATES = (0.25, 0.5, 0.75, 1.0)  # at which validation measures
 VALIDATED = {"magnet": MASK_RATES, "ar": ("ar",), "hybrid": (*MASK_RATES, "ar")}  # what it measures of each codebook
-WORLDS = {"toy": "toy.world", "tunes": "toy.tunes"}  # data sets that are synthesised, see `toy`
+WORLDS = ("toy", "tunes")  # data sets that are synthesised, see `toy`
 STATE_KEYS = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id", "model", "ema",
               "optimizer", "scaler", "step", "rng")
 
@@ -66,6 +67,7 @@ class TrainConfig(Config):
     span_len: int = option(3, "frames per masked span", low=1, high=1 << 20)
     context_ms: float = option(100.0, "how far stages after the first see on each side; negative: everywhere",
                                low=-1e6, high=1e6)
+    train_blocks: int = option(0, "train only the last N blocks and the heads, to save memory; 0: everything", low=0)
     steps: int = option(18_000, "optimiser steps", low=1)
     stage_weights: tuple[float, ...] = option((2.0, 1.0), "how often each codebook is trained, the last number for all "
                                                "that follow; 1: alike, as in the paper", low=0, high=1e6)
@@ -95,6 +97,7 @@ class RunConfig(Config):
     only_encode: bool = option(False, "stop when the data set is encoded into the cache")
     device: str = option("auto", "auto, cpu, cuda or mps")
     compile: bool = option(False, "torch.compile the model")
+    checkpoint_blocks: bool = option(False, "compute each block once more for its gradients, to save memory")
     cache: str = option("cache", "folder for codes and text embeddings")
     log_every: int = option(50, "steps between rows of log.csv", low=1)
     val_every: int = option(500, "steps between validations", low=1)
@@ -332,21 +335,12 @@ def model_config(args, config, state, codec, encoder):
         span_len=config.span_len, seconds=config.seconds, dropout=config.dropout, objective=config.objective)
 
 
-def world_entries(world, n_clips, split, seconds):
-    """Entries of a synthesised data set; keys hold a hash of its source, so that a changed world is encoded anew."""
-    version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()
-    return [Entry(f"{split} {i}", f"{version}-{split}-0-{i}",
-                  lambda tell, i=i: iter([world.example(i, split, 0, seconds)[0]]), world.describe(i, split, 0)[1])
-            for i in range(n_clips)]
-
-
 def load_clips(config, flags, codec, encoder, device):
     """The training and validation `Clips`. What is not in the cache yet is encoded, by the first process alone."""
     entries = None
     if config.data in WORLDS:
-        world, n_valid = importlib.import_module(WORLDS[config.data]), max(1, config.toy_clips // 20)
-        entries = [world_entries(world, n, split, config.seconds) for n, split in
-                   ((config.toy_clips, "train"), (n_valid, "valid"))]
+        numbers = {"train": config.toy_clips, "valid": max(1, config.toy_clips // 20)}
+        entries = importlib.import_module("toy").entries_of(config.data, numbers, config.seconds)
     if RANK > 0:
         torch.distributed.barrier()
     clips = load_data(config.data, codec, encoder, config.seconds, flags.cache, config.audio_key, config.caption_key,
@@ -365,6 +359,8 @@ def main():
     if config.batch_size % (WORLD * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
                          f"{WORLD} x {config.accumulate}")
+    if config.train_blocks > config.n_layers:
+        raise ValueError(f"--train-blocks {config.train_blocks}: the model has only {config.n_layers}")
     device = join_processes(pick_device(flags.device))
     codec = load_codec(config.codec, config.n_codebooks or None, device)
     if not sum(config.stage_weights[:codec.n_codebooks]):
@@ -385,9 +381,14 @@ def main():
     model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)
     if state:
         load_strictly(model, state["model"], Path(flags.out, "checkpoint.pt") if flags.resume else flags.init_from)
+    for part in (model.text_proj, model.emb, *model.blocks[:-config.train_blocks]) if config.train_blocks else ():
+        part.requires_grad_(False)
     this_run = Run(flags, config, model, companions, device, validate, VALIDATED[config.objective], valid_clips,
                    state if flags.resume else None)
+    for block in model.blocks if flags.checkpoint_blocks else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     say(f"{model} on {device} x {WORLD}")
+    del codec, encoder, state  # their memory is wanted
     try:
         train(this_run, config, clips)
     finally:

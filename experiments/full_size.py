@@ -1,22 +1,28 @@
 """A model of full size with random weights, laid out like a published one, run end to end: memory and seconds.
 
     python -m experiments.full_size /tmp/magnet --steps 20 10 10 10
+    python -m experiments.full_size /tmp/magnet --train="--train-blocks 4 --checkpoint-blocks"
 
 Writes what the hub's repositories hold (state_dict.bin, compression_state_dict.bin, encodec_32khz/, t5-base/) into a
-folder, runs `sample.py --model` on it in a process of its own, and prints that process's peak memory and its seconds.
-The music is noise, the work is that of the published model of the same shape.
+folder, runs `sample.py --model` on it in a process of its own, or fine-tunes it there for two steps of one clip, and
+prints that process's peak memory and its seconds. The music is noise, the work is that of the published model of the
+same shape.
 """
 
 import argparse
 import json
 import os
 import resource
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
 
 import encodec_wrap
@@ -65,6 +71,14 @@ def write_all(args, folder):
     save_pretrained(T5Encoder(T5[text_encoder], SPIECE), folder / text_encoder)
 
 
+def write_clip(folder, seconds):
+    """Write a clip of noise with a caption, a data set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(seconds * 32_000))
+    soundfile.write(folder / "noise.wav", noise, 32_000)
+    (folder / "noise.txt").write_text("80s driving pop with heavy drums")
+
+
 def main():
     parser = argparse.ArgumentParser(description="peak memory and seconds of a full-size model with random weights")
     parser.add_argument("folder", type=Path, help="where to write the weights (1.6 GB for small); they are used again")
@@ -72,6 +86,7 @@ def main():
     parser.add_argument("--clip", type=float, default=10.0, help="length of the training clips in seconds: 10 or 30")
     parser.add_argument("--sounds", action="store_true", help="a sound-effect model: codec at 16 kHz, t5-large")
     parser.add_argument("--steps", type=int, nargs=4, default=[20, 10, 10, 10], help="decoding steps")
+    parser.add_argument("--train", help="fine-tune in place of sampling, with these flags of train.py")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -80,10 +95,16 @@ def main():
         write_all(args, folder)
         # Begin anew: the peak memory of a child counts what its parent held when it was started.
         os.execv(sys.executable, [sys.executable, "-m", "experiments.full_size", *sys.argv[1:]])
+    command = [ROOT / "sample.py", "80s driving pop with heavy drums", "--model", folder, "--out", folder / "out.wav",
+               "--decoding-steps", *map(str, args.steps)]
+    if args.train is not None:
+        write_clip(folder / "data", args.clip)
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        command = [ROOT / "train.py", "--init-from", folder, "--data", folder / "data", "--out", folder / "run",
+                   "--cache", folder / "cache", *"--batch-size 1 --steps 2 --sample-every 0".split(),
+                   *shlex.split(args.train)]
     start = time.perf_counter()
-    subprocess.run([sys.executable, ROOT / "sample.py", "80s driving pop with heavy drums", "--model", folder,
-                    "--out", folder / "out.wav", "--dtype", args.dtype, "--device", "cpu",
-                    "--decoding-steps", *map(str, args.steps)], check=True,
+    subprocess.run([sys.executable, *command, "--dtype", args.dtype, "--device", "cpu"], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

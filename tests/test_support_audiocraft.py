@@ -5,14 +5,25 @@ a server on this machine. Read in this order: every name runs; what is fetched f
 refused; then fine-tuning, and the way back into the published layout.
 """
 
+import csv
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import DATA, assert_one_line
 from published import lay_model, lay_repositories, settings_of
 
 import sample
+import train
+from encodec_wrap import load_codec
+from experiments import export
 from model import PUBLISHED_MODELS, load_model
-from support.audiocraft import read_settings
+from sample import SamplingConfig
+from support.audiocraft import FIXED, SHAPE, read_settings
+from support.files import fingerprint
+from t5_encoder import T5Encoder
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +143,6 @@ def test_what_is_not_supported_is_refused_by_its_name_in_one_line(name, change, 
 
 def test_read_settings_leaves_out_no_setting_that_the_network_varies():
     """Of a model's own section all but these are either its shape or looked at."""
-    from support.audiocraft import FIXED, SHAPE
     unread = {"dropout", "emb_lr", "custom", "memory_efficient", "attention_as_float32", "checkpointing", "weight_init",
               "depthwise_init", "zero_bias_init", "cross_attention", "attention_dropout", "two_step_cfg"}  # of training
     unread |= {"compression_model_framerate", "segment_duration", "span_len"}  # as the codec, dataset and masking say
@@ -143,3 +153,91 @@ def test_read_settings_leaves_out_no_setting_that_the_network_varies():
 def test_read_settings_says_which_setting_is_missing():
     with pytest.raises(KeyError, match="transformer_lm.n_q"):
         read_settings("transformer_lm: {dim: 8}", "x")
+
+
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+FEW = "--steps 3 --batch-size 2 --warmup 1 --lr 0.01 --device cpu --dtype fp32 --log-every 1 --sample-every 0".split()
+
+
+@pytest.fixture
+def tune(hub, call, tmp_path):
+    """tune(out, flags) fine-tunes a published model on two clips of noise, of which it hears four seconds each."""
+    noise = np.random.default_rng(0)
+    for name, caption in (("a", "a flute"), ("b", "a bell")):
+        soundfile.write(tmp_path / f"{name}.wav", noise.uniform(-0.5, 0.5, 320_000), 32_000)
+        (tmp_path / f"{name}.txt").write_text(caption)
+
+    def tune(out, flags="", model="facebook/magnet-small-10secs"):
+        return call(train, "--init-from", model, "--data", tmp_path, "--out", out, *FEW, *flags.split())
+    return tune
+
+
+def read_run(folder):
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return torch.load(folder / "checkpoint.pt", weights_only=True), [float(row["loss"]) for row in rows]
+
+
+def test_fine_tuning_takes_all_from_the_published_model_learns_and_plays_with_its_settings(tune, call, tmp_path):
+    ended = tune("run", "--steps 50 --val-every 50 --save-every 50")
+    assert ended.code == 0, ended.err
+    state, losses = read_run(tmp_path / "run")
+    config, sampling = state["config"], state["sampling"]
+    assert (config["seconds"], config["dim"], config["text_len"], config["span_len"]) == (10, 16, 0, 3)
+    assert config["text_encoder"] == "t5-base" and (sampling["schedule"], sampling["top_p"]) == ("released", 0.9)
+    assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.3, "in nats"
+    assert "settings of the model: decoding-steps 20 10 10 10, schedule released" in play(call, "run")
+    assert tune("again", model="run").code == 0, "a tuned model can be tuned further"
+    assert read_run(tmp_path / "again")[0]["sampling"] == sampling
+
+
+def test_train_blocks_trains_the_last_blocks_and_the_heads_and_checkpoint_blocks_changes_nothing(tune, tmp_path):
+    before = load_model("facebook/magnet-small-10secs")[0].state_dict()
+    for out, flags in (("all", ""), ("last", "--train-blocks 1"), ("again", "--train-blocks 1 --checkpoint-blocks")):
+        assert tune(out, flags).code == 0
+    changed = {out: {name.split(".")[0] for name, weight in read_run(tmp_path / out)[0]["model"].items()
+                     if not weight.equal(before[name])} for out in ("all", "last")}
+    assert changed["all"] == {"text_proj", "emb", "blocks", "out_norm", "heads"}
+    assert changed["last"] == {"blocks", "out_norm", "heads"}
+    (last, losses), (again, other) = (read_run(tmp_path / out) for out in ("last", "again"))
+    assert losses == other and all(weight.equal(again["model"][name]) for name, weight in last["model"].items())
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--dim 32", "dim 16; --dim 32"), ("--n-layers 2", "n_layers 1"), ("--n-heads 4", "n_heads 2"),
+    ("--seconds 5", "seconds 10"), ("--text-encoder t5-large", "text_encoder t5-base"), ("--codec toy", "codec"),
+    ("--n-codebooks 2", "n_codebooks 4"), ("--text-len 32", "text_len 0"), ("--train-blocks 2", "has only 1")])
+def test_fine_tuning_refuses_flags_that_contradict_the_model(flags, words, tune, tmp_path):
+    assert_one_line(tune("run", flags), words, flags.split()[0])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+# --------------------------------------------------------------------------------------- back to the published layout
+
+@pytest.mark.parametrize("name", ["magnet-small-10secs", "audio-magnet-small", "musicgen-small", "toy", "toy-ar"])
+def test_an_exported_model_is_read_back_as_it_was(name, hub, call, tmp_path):
+    """Weights to half precision, codec and text encoder with all their weights, settings; from files alone."""
+    before, needs = load_model(name if "toy" in name else f"facebook/{name}")
+    ended = call(export, name if "toy" in name else f"facebook/{name}", "out")
+    assert ended.code == 0, ended.err
+    after, again = load_model(tmp_path / "out")
+    context = -1 if before.config.objective == "ar" else before.config.context  # which these do not use
+    assert after.config == replace(before.config, context=context)
+    for key, weight in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[key], weight, atol=1e-3, rtol=1e-3)
+    schedule = {"schedule": "released"} if before.config.objective == "magnet" else {}  # the only one there
+    brought = SamplingConfig(**needs.sampling | schedule)
+    steps = (brought.decoding_steps + brought.decoding_steps[-1:] * 4)[:4]
+    assert replace(SamplingConfig(**again.sampling), decoding_steps=steps) == replace(brought, decoding_steps=steps)
+    for load, ours, theirs in ((load_codec, needs.codec, again.codec),
+                               (T5Encoder.from_pretrained, needs.text_encoder, again.text_encoder)):
+        assert fingerprint(load(ours)) == fingerprint(load(theirs))
+    play(call, "out")
+
+
+def test_export_refuses_what_has_no_such_layout_and_what_is_there(call, tmp_path):
+    assert_one_line(call(export, "toy-hybrid", "out"), "a hybrid cannot be exported")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "state_dict.bin").touch()
+    assert_one_line(call(export, "toy", "out"), "out holds a model already")

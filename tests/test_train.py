@@ -483,6 +483,8 @@ TRAINING = {  # setting: (its value, what is looked at in a run, what is there t
     "dropout": (1.0, lambda seen: seen.dropped, 1.0),
     "span_len": (50, lambda seen: in_spans(torch.cat([part["hidden"] for part in seen.parts]), 50), True),
     "context_ms": (40.0, lambda seen: seen.run.model.config.context, 2),
+    "train_blocks": (1, lambda seen: flat(seen.run.model.blocks[0].parameters()).equal(
+        flat(seen.run.ema.blocks[0].parameters())), True),  # frozen, so that both have the weights of the start
     "steps": (3, lambda seen: len(seen.rates), 3),
     "stage_weights": ("0 0 0 1", lambda seen: {int(part["stage"][0]) for part in seen.parts}, {3}),
     "batch_size": (6, lambda seen: len(seen.parts[0]["codes"]), 6),

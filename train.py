@@ -35,6 +35,7 @@ from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
 from support.data import load_data
 from support.files import Companions, fingerprint, load_strictly, located, read_checkpoint
+from support.musicbench import musicbench_entries
 from support.training import RANK, WORLD, Run, join_processes
 from t5_encoder import T5Encoder
 
@@ -50,7 +51,7 @@ class TrainConfig(Config):
     """All that decides what a run learns; kept in its checkpoint."""
 
     objective: str = option("magnet", "masked (magnet), autoregressive (ar), or both (hybrid)", OBJECTIVES)
-    data: str = option("toy", "toy, tunes, a folder of audio with .txt or .json captions, or a JSON-lines manifest")
+    data: str = option("toy", "toy, tunes, musicbench, a folder of audio and captions, or a JSON-lines manifest")
     codec: str = option("toy", "toy, encodec_24khz, or a codec's file or folder")
     text_encoder: str = option("toy", "toy, t5-small, t5-base, google/flan-t5-small, ..., or a folder")
     n_codebooks: int = option(0, "use only the codec's first K codebooks; 0: all of the toy codec, 4 of encodec_24khz",
@@ -324,15 +325,13 @@ def read_settings(args, flags):
 def model_config(args, config, state, codec, encoder):
     """The shape of the model: that of what the run starts from, or as the flags, codec and text encoder say."""
     context = round(config.context_ms / 1000 * codec.frame_rate) if config.context_ms >= 0 else -1
-    if state:
-        if "context_ms" not in args:
-            context = state["model_config"]["context"]
-        return ModelConfig(**state["model_config"] | {"context": context, "span_len": config.span_len,
-                                                      "dropout": config.dropout, "objective": config.objective})
-    return ModelConfig(
-        n_codebooks=codec.n_codebooks, card=codec.codebook_size, dim=config.dim, n_heads=config.n_heads,
-        n_layers=config.n_layers, text_dim=encoder.config.d_model, text_len=config.text_len, context=context,
-        span_len=config.span_len, seconds=config.seconds, dropout=config.dropout, objective=config.objective)
+    if state and "context_ms" not in args:
+        context = state["model_config"]["context"]
+    changeable = {"context": context, **{name: getattr(config, name) for name in ("span_len", "dropout", "objective")}}
+    shape = state["model_config"] if state else {
+        "n_codebooks": codec.n_codebooks, "card": codec.codebook_size, "text_dim": encoder.config.d_model,
+        **{name: getattr(config, name) for name in ("dim", "n_heads", "n_layers", "text_len", "seconds")}}
+    return ModelConfig(**shape | changeable)
 
 
 def load_clips(config, flags, codec, encoder, device):
@@ -343,6 +342,8 @@ def load_clips(config, flags, codec, encoder, device):
         entries = importlib.import_module("toy").entries_of(config.data, numbers, config.seconds)
     if RANK > 0:
         torch.distributed.barrier()
+    if config.data == "musicbench":
+        entries = musicbench_entries(Path(flags.cache, "musicbench"), config.caption_key, codec.sample_rate)
     clips = load_data(config.data, codec, encoder, config.seconds, flags.cache, config.audio_key, config.caption_key,
                       device=device, entries=entries)
     if RANK == 0 and WORLD > 1:

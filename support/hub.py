@@ -18,8 +18,9 @@ WEIGHTS = "model.safetensors|model.safetensors.index.json|pytorch_model.bin|pyto
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is faster, above all on hostile text
 
 
-def fetch(repository, *files):
+def fetch(repository, *files, repo_type=None):
     """The folder with a repository's `files`; what is missing is downloaded. "a|b" is satisfied by either file.
+    repo_type: "dataset" where it is one.
 
     A folder of the repository's name ("facebook/encodec_32khz") in the working directory goes before the cache, if it
     holds them all. An index of weights (*.index.json) brings its weights with it. ConnectionError: one line with each
@@ -32,18 +33,18 @@ def fetch(repository, *files):
     if not missing:
         return by_hand
     for file in files:
-        cached = (try_to_load_from_cache(repository, name) for name in file.split("|"))
+        cached = (try_to_load_from_cache(repository, name, repo_type=repo_type) for name in file.split("|"))
         paths[file] = next((Path(path) for path in cached if isinstance(path, str)), None)
     commit = next((path.parent.name for path in paths.values() if path), "main")  # all files of one version
     try:
         for file in files:
-            paths[file] = paths[file] or download(repository, file, commit)
+            paths[file] = paths[file] or download(repository, file, commit, repo_type)
             commit = paths[file].parent.name
     except Exception as error:  # the library's errors have no one type over its versions
         reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
     if reason:
-        wanted = [" or ".join(hf_hub_url(repository, name) for name in file.split("|") if "|" not in file or
-                              not name.endswith(".index.json"))  # of weights in parts nobody needs to hear
+        wanted = [" or ".join(hf_hub_url(repository, name, repo_type=repo_type) for name in file.split("|")
+                              if "|" not in file or not name.endswith(".index.json"))  # nobody needs to hear of parts
                   for file in files if (file in missing if by_hand.is_dir() else not paths[file])]
         raise ConnectionError(f"download failed ({reason}); try again, or put {' and '.join(wanted)} into the folder "
                               f"{by_hand.absolute()}")
@@ -53,7 +54,7 @@ def fetch(repository, *files):
     return path.parent
 
 
-def download(repository, file, commit):
+def download(repository, file, commit, repo_type=None):
     """Download the first of the files "a|b" that a repository has -> its path. The library's errors pass."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -61,12 +62,12 @@ def download(repository, file, commit):
     for name in file.split("|"):
         try:
             # The library tries a download again for 23 s; this question is asked once, and offline fails at once.
-            get_hf_file_metadata(hf_hub_url(repository, name, revision=commit))
+            get_hf_file_metadata(hf_hub_url(repository, name, revision=commit, repo_type=repo_type))
         except EntryNotFoundError:
             if name == file.split("|")[-1]:
                 raise
         else:
-            return Path(hf_hub_download(repository, name, revision=commit))
+            return Path(hf_hub_download(repository, name, revision=commit, repo_type=repo_type))
 
 
 def fetch_url(url, sha256):

@@ -109,7 +109,9 @@ class Codec(nn.Module):
             raise ValueError(f"encode wants audio of shape (B, 1, S) with S > 0, not {tuple(wav.shape)}")
         layers = self.model.encoder.model
         split = len(layers) - (3 if self.config.lstm else 2)
-        latents = layers[split:](self.in_pieces(layers[:split], wav, self.hop_length, 1))  # (B, C, T)
+        short = wav.shape[2] <= PIECE * self.hop_length
+        inner = layers[:split](wav) if short else self.in_pieces(layers[:split], wav, self.hop_length, 1)
+        latents = layers[split:](inner)  # (B, C, T)
         return self.model.quantizer.vq.encode(latents, n_q=self.n_codebooks).transpose(0, 1)  # (B, K, T)
 
     @torch.inference_mode()

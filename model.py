@@ -2,7 +2,6 @@
 
 One pre-norm transformer serves all codebook levels ("stages"): the first attends everywhere, the later ones only to a
 few frames on either side. The same class is the autoregressive model and the hybrid one, with other attention masks.
-The text comes in as T5's output and is projected here to the model's width.
 """
 
 import math
@@ -134,8 +133,7 @@ class CrossAttention(nn.Module):
         if cache:
             cache.text = keys_values  # (2, B, H, L, D)
         q = self.q(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
-        out = attention(q, *keys_values, mask)
-        return self.out(out.transpose(1, 2).reshape(B, T, C))
+        return self.out(attention(q, *keys_values, mask).transpose(1, 2).reshape(B, T, C))
 
 
 def text_attention_mask(text_mask, text_len):
@@ -195,8 +193,7 @@ class MAGNeT(nn.Module):
         super().__init__()
         if config.dim % config.n_heads or config.dim % 2:
             raise ValueError(f"dim must be even and a multiple of n_heads = {config.n_heads}, not {config.dim}")
-        self.config = config
-        self.mask_id = config.card
+        self.config, self.mask_id = config, config.card
         self.text_proj = nn.Linear(config.text_dim, config.dim)
         self.emb = nn.ModuleList(nn.Embedding(config.card + 1, config.dim) for _ in range(config.n_codebooks))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -220,14 +217,13 @@ class MAGNeT(nn.Module):
         B, K, T = codes.shape
         if K != self.config.n_codebooks or not (stage is None or 0 <= stage < K):
             raise ValueError(f"codes of {K} codebooks at stage {stage}; this model has {self.config.n_codebooks}")
-        start, context = cache[0].filled if cache else 0, None
+        start, context, may_read = cache[0].filled if cache else 0, None, None
         if cache and T > 1:
             mask = causal_attention_mask(T, start + T)
         elif mask is None and stage and self.config.context >= 0:
             context = self.config.context
         if mask is not None:
             mask = mask.to(codes.device).view(-1, 1, *mask.shape[-2:])  # (1 or B, 1, T, keys): alike in every head
-        may_read = None
         if text is not None:
             if text.shape[-1] != self.config.text_dim:
                 raise ValueError(f"text embeddings are {text.shape[-1]} wide; this model wants {self.config.text_dim}")
@@ -280,7 +276,6 @@ TENSOR_NAMES = (  # ours -> AudioCraft's, see `support.files.rename`
 def load_model(name_or_path, device="cpu", dtype=torch.float32):
     """Load one of `TOY_MODELS`, a training run (its EMA weights), a checkpoint file, or a published model by its name
     or folder. Gives the MAGNeT, in eval mode and of type `dtype`, and its `Companions`.
-
     ValueError names an unknown model or a file that is damaged or does not fit; ConnectionError: a download failed.
     """
     name = str(name_or_path)
@@ -299,7 +294,7 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
         else:
             config, state = ModelConfig(**content["model_config"]), content["ema"]
             known = {key: content[key] for key in vars(Companions("", "")) if key in content}
-            companions = Companions(**located(known, path.parent))
+            companions = Companions(**(known if name in TOY_MODELS else located(known, path.parent)))
         with torch.device("meta"), NoInit():
             model = MAGNeT(config)
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, ValueError) as error:
@@ -311,14 +306,13 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
 
 def read_audiocraft(content, path):
     """What a published `state_dict.bin` holds: (ModelConfig, state dict with our names, Companions)."""
-    settings, folder = read_settings(content["xp.cfg"], path), path.parent
+    fields, sampling, text_encoder = read_settings(content["xp.cfg"], path)
     ours = [(published, name) for name, published in TENSOR_NAMES]
     state = {rename(name, ours): tensor for name, tensor in content["best_state"].items()}
     for name in [name for name in state if name.endswith("cross_attn.q.weight")]:  # q, k and v stacked: q is apart here
         stacked = state[name]
         state[name], state[name.replace(".q.", ".kv.")] = stacked.tensor_split([len(stacked) // 3])
-    config = ModelConfig(text_dim=state["text_proj.weight"].shape[1], **settings.model)
-    codec, has_t5 = folder / "compression_state_dict.bin", (folder / "spiece.model").is_file()
-    return config, state, Companions(
+    folder, codec = path.parent, path.with_name("compression_state_dict.bin")
+    return ModelConfig(text_dim=state["text_proj.weight"].shape[1], **fields), state, Companions(
         str(codec) if codec.is_file() else beside(folder, "facebook/encodec_32khz"),
-        str(folder) if has_t5 else beside(folder, settings.text_encoder), sampling=settings.sampling)
+        str(folder) if (folder / "spiece.model").is_file() else beside(folder, text_encoder), sampling=sampling)

@@ -6,7 +6,6 @@ bottom: schedule, guidance, drawing tokens, choosing spans, rescoring, one stage
 of models; the command line.
 
     python sample.py "a slow deep flute plays a rising melody, with drums"
-    python sample.py "80s driving pop with heavy drums" --model facebook/magnet-small-10secs --out pop.wav
 """
 
 import time
@@ -48,9 +47,6 @@ class SamplingConfig(Config):
     ar_top_k: int = option(250, "the same: keep only the k most probable tokens; 0 keeps all", low=0)
     ar_temperature: float = option(1.0, "the same: softmax temperature", low=0, high=1e4)
     hybrid_seconds: float = option(1.0, "hybrid models: seconds to write from left to right before the rest", low=0)
-
-    def steps(self, stage):
-        return self.decoding_steps[min(stage, len(self.decoding_steps) - 1)]
 
 
 # --------------------------------------------------------------------------------------------------------- the schedule
@@ -267,7 +263,8 @@ def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer
 
     prompt: of a hybrid, its delayed prompt (B, K, positions), the start included; the rest is as for `generate`.
     """
-    steps, released, before = config.steps(stage), config.schedule == "released", codes
+    steps = config.decoding_steps[min(stage, len(config.decoding_steps) - 1)]
+    released, before = config.schedule == "released", codes
     given = codes[0, stage] != model.mask_id  # (T,), the same frames in every clip
     codes, fixed, confidence = codes.clone(), given.expand(len(codes), -1), None
     for step in range(0 if given.all() else steps):
@@ -394,15 +391,18 @@ def main():
         rescorer, needs = load_model(request.rescorer, device, dtype)
         needs.check(codec, encoder)
     start = time.perf_counter()
-    known, n_samples = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
+    seconds, parts = request.seconds or model.config.seconds, [slice(None)]
+    known, n_samples = known_codes(request, codec, seconds, model.mask_id)
     check_arguments(model, None, known, config, rescorer)
-    parts = windows(known[0, 0] != model.mask_id, model.config.seconds, request.overlap, codec.frame_rate)
+    if seconds > model.config.seconds or request.inpaint or request.overlap:  # longer than the training clips
+        parts = windows(known[0, 0] != model.mask_id, model.config.seconds, request.overlap, codec.frame_rate)
     negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
     batches = [clips[i:i + BATCH] for i in range(0, len(clips), BATCH)]
     texts = [encoder.encode_text([clip.prompt for clip in batch]) for batch in batches]
     del encoder  # its memory is wanted
-    n_steps = len(batches) * len(parts) * sum(map(config.steps, range(codec.n_codebooks)))
-    with tqdm(total=n_steps if model.config.objective == "magnet" else None, unit="step") as bar:
+    steps = (config.decoding_steps + config.decoding_steps[-1:] * codec.n_codebooks)[:codec.n_codebooks]
+    n_steps = len(batches) * len(parts) * sum(steps) if model.config.objective == "magnet" else None
+    with tqdm(total=n_steps, unit="step") as bar:
         for batch, (text, text_mask) in zip(batches, texts, strict=True):
             codes = known.repeat(len(batch), 1, 1)
             streams = clip_streams(request.seed, [clip.number for clip in batch])

@@ -79,16 +79,14 @@ def relative_buckets(distance, num_buckets=32, max_distance=128):
     return torch.where(far < exact, far, coarse) + half * (distance > 0).long()
 
 
-class RMSNorm(nn.Module):
-    """(..., C) -> (..., C): divide by the root mean square over the width; no mean is subtracted, no bias added."""
+class RMSNorm(nn.RMSNorm):
+    """(..., C) -> (..., C): divide by the root mean square over the width; no mean is subtracted, no bias added.
 
-    def __init__(self, width, epsilon):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
+    torch's own class holds the weight (C,) and eps; what it computes is written out here.
+    """
 
     def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 class Attention(nn.Module):

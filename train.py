@@ -54,8 +54,7 @@ class TrainConfig(Config):
     data: str = option("toy", "toy, tunes, musicbench, a folder of audio and captions, or a JSON-lines manifest")
     codec: str = option("toy", "toy, encodec_24khz, or a codec's file or folder")
     text_encoder: str = option("toy", "toy, t5-small, t5-base, google/flan-t5-small, ..., or a folder")
-    n_codebooks: int = option(0, "use only the codec's first K codebooks; 0: all of the toy codec, 4 of encodec_24khz",
-                              low=0)
+    n_codebooks: int = option(0, "use only the codec's first K codebooks; 0: all, but 4 of encodec_24khz", low=0)
     seconds: float = option(4.0, "length of the training clips", above=0, high=3600)
     audio_key: str = option("location", "where a manifest's lines name the audio file")
     caption_key: str = option("main_caption", "where JSON captions and a manifest's lines hold the text")
@@ -182,7 +181,7 @@ def draw_batch(clips, config, n_codebooks, generator):
     """
     B, K = config.batch_size, n_codebooks
     weights = torch.tensor([*config.stage_weights, *[config.stage_weights[-1]] * K][:K])
-    rows = torch.randint(len(clips), (B,), generator=generator)
+    rows = torch.randint(len(clips.codes), (B,), generator=generator)
     keep_text = torch.rand(B, generator=generator) >= config.condition_dropout
     batch = clips.batch(rows)
     valid, T = batch.pop("valid"), batch["codes"].shape[2]  # (B, T)
@@ -212,7 +211,7 @@ def validate(model, clips, device, amp, max_clips=64, seed=0):
     Kinds: a mask rate, for what is filled in (by a hybrid without a prompt); "ar", for next tokens. nan: no token.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.linspace(0, len(clips) - 1, min(len(clips), max_clips)).long()  # from all over the set
+    rows = torch.linspace(0, len(clips.codes) - 1, min(len(clips.codes), max_clips)).long()  # from all over the set
     T, K, objective = clips.codes.shape[2], model.config.n_codebooks, model.config.objective
     losses = {stage: {} for stage in range(K)}
     for stage in range(K):
@@ -265,9 +264,6 @@ def train(run, config, clips):
     for step in run.steps():
         batch = draw_batch(clips, config, model.config.n_codebooks, run.generator)  # alike in every process
         n_tokens, loss = max(1, int(batch["loss_mask"].sum())), 0.0
-        lr = learning_rate(step, config)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
         run.optimizer.zero_grad(set_to_none=True)
         for part in run.parts(batch):
             with run.amp():
@@ -277,6 +273,9 @@ def train(run, config, clips):
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         run.check(step, loss, norm)
+        lr = learning_rate(step, config)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
         run.scaler.step(run.optimizer)
         run.scaler.update()
         update_ema(run.ema, model, config.ema_decay, step)
@@ -362,17 +361,18 @@ def main():
                          f"{WORLD} x {config.accumulate}")
     if config.train_blocks > config.n_layers:
         raise ValueError(f"--train-blocks {config.train_blocks}: the model has only {config.n_layers}")
-    device = join_processes(pick_device(flags.device))
+    device = join_processes(pick_device(flags.device)) if WORLD > 1 else pick_device(flags.device)
     codec = load_codec(config.codec, config.n_codebooks or None, device)
     if not sum(config.stage_weights[:codec.n_codebooks]):
         raise ValueError(f"--stage-weights {config.stage_weights}: trains none of {codec.n_codebooks} codebooks")
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
     before = {key: state[key] for key in ("codec_id", "text_encoder_id", "data_id", "sampling") if key in state}
     companions = Companions(config.codec, config.text_encoder, **before)
-    companions.check(codec, encoder)
+    if state:
+        companions.check(codec, encoder)
     companions.codec_id, companions.text_encoder_id = fingerprint(codec), fingerprint(encoder)
     clips, valid_clips = load_clips(config, flags, codec, encoder, device)
-    say(f"{len(clips)} training clips and {len(valid_clips)} validation clips of {config.seconds:g} s")
+    say(f"{len(clips.codes)} training clips and {len(valid_clips.codes)} validation clips of {config.seconds:g} s")
     if flags.only_encode:
         return
     if flags.resume and companions.data_id not in ("", clips.fingerprint):
@@ -388,12 +388,12 @@ def main():
                    state if flags.resume else None)
     for block in model.blocks if flags.checkpoint_blocks else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    say(f"{model} on {device} x {WORLD}")
     del codec, encoder, state  # their memory is wanted
     try:
         train(this_run, config, clips)
+        say(f"{flags.out}: {model}, trained for {config.steps} steps on {device} x {WORLD}")
     finally:
-        this_run.close()
+        this_run.unlock()
 
 
 if __name__ == "__main__":

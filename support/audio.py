@@ -133,9 +133,8 @@ def check_audio_path(path):
         raise IsADirectoryError(f"{path}: is a folder or a device; want the name of a file")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder) as trial:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as trial:
             trial.write(bytes(4096))
-            trial.flush()
     except OSError as error:
         raise OSError(f"{path}: cannot be written to {folder} ({error.strerror})") from error
     return path.suffix[1:].upper()

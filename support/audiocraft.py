@@ -1,7 +1,5 @@
 """The settings text (`xp.cfg`, YAML) inside AudioCraft's published models, in our words."""
 
-from dataclasses import dataclass
-
 from support.hub import read_yaml
 
 FIXED = {  # settings that our network does not vary: name -> (ours, what another value means)
@@ -29,17 +27,9 @@ MAGNET_SAMPLING = {
 MUSICGEN_SAMPLING = {"temp": "ar_temperature", "top_k": "ar_top_k"}
 
 
-@dataclass
-class Settings:
-    """model: fields of a model's config; sampling: what differs from our defaults; text_encoder: the name of a T5."""
-
-    model: dict
-    sampling: dict
-    text_encoder: str
-
-
 def read_settings(text, path):
-    """YAML text of the file `path` -> `Settings`. KeyError: a setting is missing; ValueError: it is not supported."""
+    """YAML text of the file `path` -> (fields of a model's config, of a sampling config, the name of the text encoder).
+    KeyError: a setting is missing; ValueError: it is not supported."""
     settings = read_yaml(text, path)
     for name, (ours, other) in FIXED.items():
         if settings.get(name, ours) != ours:
@@ -58,4 +48,4 @@ def read_settings(text, path):
     else:
         model |= {"context": settings["transformer_lm.subcodes_context"], "span_len": settings["masking.span_len"]}
         sampling["schedule"] = "released"
-    return Settings(model, sampling, settings["conditioners.description.t5.name"])
+    return model, sampling, settings["conditioners.description.t5.name"]

@@ -14,8 +14,6 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# ------------------------------------------------------------------------------------------------------------- configs
-
 def option(default=dataclasses.MISSING, help="", choices=None, low=None, high=None, above=None, flag=None):
     """A field of a `Config`: its default, its meaning, and what it may be: one of `choices`, or low <= x <= high, or
     x > above. In a tuple the bounds hold for each number. A default of None allows None, for "not given".
@@ -81,8 +79,6 @@ def from_flags(args, config):
     return dataclasses.replace(config, **given)
 
 
-# ------------------------------------------------------------------------------------------------------------- devices
-
 def pick_device(name):
     """"auto" -> CUDA, else Apple's MPS, else the CPU; any other name is checked. ValueError where it is not there."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -111,8 +107,6 @@ def pick_dtype(name, device):
     return torch.float16
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
-
 def say(text):
     """Print a line, in the first of torchrun's processes; a reader that has gone away (`| head`) stops no work."""
     try:
@@ -123,23 +117,25 @@ def say(text):
 
 
 def run(main):
-    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2. A warning
-    is one line, too.
+    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2.
 
-    Ctrl-C and SIGTERM raise KeyboardInterrupt, so that both are treated alike: exit code 130 or 143.
+    A warning is one line there, too. Ctrl-C and SIGTERM raise KeyboardInterrupt, so that both are treated alike: exit
+    code 130 or 143.
     """
     def interrupt(number, _):
         raise KeyboardInterrupt(number)
 
+    def tell(kind, message):
+        print(f"{Path(sys.argv[0]).name}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
     signal.signal(signal.SIGTERM, interrupt)
-    command = Path(sys.argv[0]).name
-    warnings.showwarning = lambda message, *_: print(f"{command}: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: tell("warning", message)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell("error", error)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from support.audio import audio_seconds, read_blocks
 from support.cli import say
-from support.files import fingerprint, read_checkpoint, save_whole
+from support.files import fingerprint, read_checkpoint, whole_file
 
 CAPTIONS = (".txt", ".json")
 BATCH = 8  # clips that are encoded together
@@ -70,8 +70,6 @@ class Clips:
         valid = torch.arange(self.codes.shape[2]) < self.n_frames[rows, None]
         return {"codes": self.codes[rows].long(), "text": text, "text_mask": text_mask, "valid": valid}
 
-
-# -------------------------------------------------------------------------------------------------------------- sources
 
 def texts_of(content, where, *keys):
     """The texts under some keys of the JSON record that the bytes `content` hold; ValueError says where they do not."""
@@ -147,8 +145,6 @@ def find_entries(data, audio_key, caption_key, sample_rate):
     return entries, skipped, len(captions)
 
 
-# ------------------------------------------------------------------------------------------------------------- encoding
-
 def store(path, fresh):
     """The dictionary in the file `path`, to which `fresh` is added; a damaged file is made again, with a word."""
     content = {}
@@ -159,7 +155,8 @@ def store(path, fresh):
         except ValueError as error:
             say(f"{error}; it is made again")
         if fresh:
-            save_whole(content | fresh, path)
+            with whole_file(path) as temporary:
+                torch.save(content | fresh, temporary)
     return content | fresh
 
 
@@ -197,9 +194,8 @@ def cut_clips(blocks, length):
 
 
 def read_clips(entries, length):
-    """Read entries one after another, at most `BATCH` clips at a time: yield (key, clips (b, 1, length), how many
-    samples of each are audio); and at the end of each entry (key, None, [what is odd]), or ValueError or OSError there.
-    """
+    """Read entries one after another: yield (key, (b, 1, length) of at most `BATCH` clips, how many samples of each are
+    audio), and at the end of each entry (key, None, [what is odd about it] or the error that stopped it)."""
     for entry in entries:
         odd, silent, count = [], 0, 0
         try:
@@ -294,9 +290,10 @@ def load_data(data, codec, encoder, seconds, cache_dir="cache", audio_key="locat
     for line in lines:
         say(line.encode("utf-8", "backslashreplace").decode())
     train, valid = parts
-    if not train and not valid:
+    n_train, n_valid = len(train.codes), len(valid.codes)
+    if not n_train + n_valid:
         raise ValueError(f"{data}: the data set is empty: it holds no audio file with a caption that can be read")
-    if not train or not valid:
+    if not n_train or not n_valid:
         say(f"too few files to hold some out (each is held out with probability {valid_share:g}): "
             "validating on the training clips")
-    return train or valid, valid or train
+    return train if n_train else valid, valid if n_valid else train

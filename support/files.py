@@ -30,7 +30,8 @@ class NoInit(torch.overrides.TorchFunctionMode):
 def whole_file(path):
     """A temporary path beside `path`, to write to: it takes the name `path` at the end, or goes after an error.
 
-    Such files that killed processes left behind are removed on the way, an hour later.
+    Such files that killed processes left behind are removed on the way, an hour later. OSError if it cannot be written,
+    a full disk included.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,17 +42,16 @@ def whole_file(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except RuntimeError as error:  # as torch reports a full disk
+        raise OSError(f"{path}: could not be written, what was there is kept ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_whole(content, path):
-    """torch.save into `path`, whole or not at all. OSError if it cannot be written, a full disk included."""
+    """torch.save into `path`, whole or not at all."""
     with whole_file(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # as torch reports a full disk
-            raise OSError(f"{path}: could not be written, what was there is kept ({error})") from error
+        torch.save(content, temporary)
 
 
 def read_checkpoint(path, keys=()):
@@ -163,8 +163,8 @@ class Companions:
     text_encoder: str
     codec_id: str = ""
     text_encoder_id: str = ""
-    data_id: str = ""
     sampling: dict = field(default_factory=dict)
+    data_id: str = ""
 
     def check(self, codec, encoder):
         """ValueError if codec or text encoder have other weights than those that the model was trained with."""

@@ -26,24 +26,32 @@ def fetch(repository, *files, repo_type=None):
     holds them all. An index of weights (*.index.json) brings its weights with it. ConnectionError: one line with each
     missing file, its address, and the folder where it may be put by hand.
     """
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache  # here: only who fetches waits 0.15 s for it
+    import huggingface_hub as hub  # here: only who fetches waits 0.15 s for it
 
     by_hand, paths, reason = Path(repository), {}, ""
     missing = [file for file in files if not any((by_hand / name).is_file() for name in file.split("|"))]
     if not missing:
         return by_hand
     for file in files:
-        cached = (try_to_load_from_cache(repository, name, repo_type=repo_type) for name in file.split("|"))
+        cached = (hub.try_to_load_from_cache(repository, name, repo_type=repo_type) for name in file.split("|"))
         paths[file] = next((Path(path) for path in cached if isinstance(path, str)), None)
     commit = next((path.parent.name for path in paths.values() if path), "main")  # all files of one version
     try:
         for file in files:
-            paths[file] = paths[file] or download(repository, file, commit, repo_type)
+            for name in file.split("|") if not paths[file] else ():
+                try:  # The library tries a download for 23 s; this question is asked once, and offline fails at once.
+                    place = {"revision": commit, "repo_type": repo_type}
+                    hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, **place))
+                    paths[file] = Path(hub.hf_hub_download(repository, name, **place))
+                    break
+                except hub.errors.EntryNotFoundError:
+                    if name == file.split("|")[-1]:
+                        raise
             commit = paths[file].parent.name
     except Exception as error:  # the library's errors have no one type over its versions
         reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
     if reason:
-        wanted = [" or ".join(hf_hub_url(repository, name, repo_type=repo_type) for name in file.split("|")
+        wanted = [" or ".join(hub.hf_hub_url(repository, name, repo_type=repo_type) for name in file.split("|")
                               if "|" not in file or not name.endswith(".index.json"))  # nobody needs to hear of parts
                   for file in files if (file in missing if by_hand.is_dir() else not paths[file])]
         raise ConnectionError(f"download failed ({reason}); try again, or put {' and '.join(wanted)} into the folder "
@@ -52,22 +60,6 @@ def fetch(repository, *files, repo_type=None):
         if path.name.endswith(".index.json"):
             fetch(repository, *sorted(set(read_checkpoint(path, ["weight_map"])["weight_map"].values())))
     return path.parent
-
-
-def download(repository, file, commit, repo_type=None):
-    """Download the first of the files "a|b" that a repository has -> its path. The library's errors pass."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError
-
-    for name in file.split("|"):
-        try:
-            # The library tries a download again for 23 s; this question is asked once, and offline fails at once.
-            get_hf_file_metadata(hf_hub_url(repository, name, revision=commit, repo_type=repo_type))
-        except EntryNotFoundError:
-            if name == file.split("|")[-1]:
-                raise
-        else:
-            return Path(hf_hub_download(repository, name, revision=commit, repo_type=repo_type))
 
 
 def fetch_url(url, sha256):
@@ -88,8 +80,7 @@ def beside(folder, name):
 
     ("models/magnet", "facebook/encodec_32khz") -> "models/magnet/encodec_32khz" or "models/encodec_32khz", if there.
     """
-    last = name.split("/")[-1]
-    places = (Path(folder) / last, Path(folder).resolve().parent / last)
+    places = [place / name.split("/")[-1] for place in (Path(folder), Path(folder).resolve().parent)]
     return next((str(place) for place in places if place.is_dir()), name)
 
 

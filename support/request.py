@@ -94,8 +94,7 @@ def known_codes(request, codec, seconds, mask_id):
 
 
 def windows(given, seconds, overlap=None, frame_rate=1):
-    """Where to put windows of `seconds`, as the training clips are, that fill in what is not `given` (T,): a list of
-    slices of frames.
+    """Windows of `seconds`, as the training clips are, that fill in what is not `given` (T,): slices of frames.
 
     Each begins `overlap` seconds (a third of a window, if None) before the first frame still open, so that it continues
     what is there; the last is moved back to end with the clip. A gap that fits is put in the middle of its window, in

@@ -1,5 +1,6 @@
 """What a training run needs around its loop: several processes, precision, stopping, the log, random states."""
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -27,14 +28,14 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def join_processes(device):
-    """Join the processes that torchrun started, if it did -> the device of this one."""
-    if WORLD > 1:
+    """Join the processes that torchrun started -> the device of this one."""
+    if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # long: one process encodes, the others wait
-        if device.type == "cuda":
-            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-        device = torch.device("cpu") if device.type == "mps" else device  # gloo knows no MPS
-    return device
+        atexit.register(dist.destroy_process_group)
+    if device.type == "cuda":
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    return torch.device("cpu") if device.type == "mps" else device  # gloo knows no MPS
 
 
 class Log:
@@ -170,12 +171,9 @@ class Run:
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "rng": random_states(self.generator, self.device)}, self.path)
 
-    def close(self):
-        """Unlock the folder, and leave the other processes."""
+    def unlock(self):
         if RANK == 0:
             self.lock.release()
-        if WORLD > 1:
-            dist.destroy_process_group()
 
 
 def random_states(generator, device):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,13 @@ def test_encode_gives_the_same_codes_each_time_and_uses_many(codec, clips, codes
     assert all(len(codes[:, k].unique()) > 20 for k in range(codec.n_codebooks))
 
 
+def test_a_codec_sees_beyond_the_edges_what_its_pad_mode_says():
+    """Of a constant sound: more of it, so that all frames are alike, or zeros, so that the outer ones are not."""
+    for pad_mode, alike in (("reflect", True), ("replicate", True), ("constant", False)):
+        latents = Codec(replace(TINY, pad_mode=pad_mode)).eval().model.encoder(torch.ones(1, 1, 800))  # 100 frames
+        assert ((latents - latents[..., 50:51]).abs().max() < 1e-5) == alike, pad_mode
+
+
 def test_encode_and_decode_of_a_batch_are_those_of_its_clips(codec, clips, codes, decoded):
     alone = codec.encode(clips[1:2])
     assert (codes[1:2] == alone).float().mean() > 0.999, "but for rounding in a near tie"
@@ -98,14 +106,6 @@ def test_encode_and_decode_refuse_other_shapes_and_codes_out_of_range_such_as_th
 
 # ----------------------------------------------------------------------------------------------------------- long audio
 
-LONG = {  # each kind of codec there is; the last two have an LSTM, which sees all that came before
-    "toy": lambda: load_codec("toy"),
-    "convolutions, causal": lambda: random_codec(causal=True, true_skip=False),
-    "16 kHz": lambda: load_codec(AUDIOCRAFT),
-    "24 kHz": lambda: random_codec(sample_rate=24_000, causal=True, true_skip=False, lstm=2),
-}
-
-
 def random_codec(**fields):
     torch.manual_seed(0)
     codec = Codec(CodecConfig(**{"n_filters": 4, "dimension": 16} | fields)).eval()
@@ -116,9 +116,12 @@ def random_codec(**fields):
     return codec
 
 
-@pytest.mark.parametrize("kind", LONG)
-def test_encode_and_decode_in_pieces_equal_those_of_the_whole(kind, monkeypatch):
-    codec, generator = LONG[kind](), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("made", [
+    lambda: load_codec("toy"), lambda: load_codec(AUDIOCRAFT),
+    lambda: random_codec(causal=True, true_skip=False, lstm=2)], ids=["toy", "16 kHz", "causal"])
+def test_encode_and_decode_in_pieces_equal_those_of_the_whole(made, monkeypatch):
+    """The last two have an LSTM, which sees all that came before."""
+    codec, generator = made(), torch.Generator().manual_seed(0)
     wav = torch.rand(1, 1, 100 * codec.hop_length - 7, generator=generator) - 0.5
     codes = torch.randint(codec.codebook_size, (1, codec.n_codebooks, 100), generator=generator)
     whole = codec.encode(wav), codec.decode(codes)
@@ -242,7 +245,7 @@ BAD_FILES = {  # name: (content, what the message says)
     "a MAGNeT": (read(DATA / "magnet_tiny_state_dict.bin"), "not those of a codec; .* is missing"),
     "no weights": ({"codec": {}}, "not plain tensors"),
     "settings in a list": (TOY | {"codec": [1]}, "settings are not a dictionary"),
-    "other settings": (TOY | {"codec": {"dimension": 32}}, "tensor .* is missing|has shape"),
+    "other settings": (TOY | {"codec": {"dimension": 32}}, "has shape"),
     "huge": (TOY | {"codec": {"ratios": [2] * 30}}, "n_filters 12, doubled 30 times"),
     "not a number": (TOY | {"weights": {name: tensor * math.nan for name, tensor in TOY["weights"].items()}},
                      "tensor .* holds numbers that are not finite"),
@@ -260,13 +263,11 @@ def test_load_codec_says_in_one_line_what_is_wrong_with_a_file_and_runs_no_code_
 
 @pytest.mark.parametrize("lay, change, words", [
     ("A", dict(old="renormalize: false", new="renormalize: true"), "encodec.renormalize True is not supported"),
-    ("A", dict(old="n_filters: 4", new="n_filters: 8"), "tensor .* has shape"),
     ("A", dict(old="n_filters: 4", new="n_filters: four"), "n_filters must be whole number"),
     ("A", dict(old="bins: 2048", new="bins: 2000"), "codebook_size must be 2 or 4"),
     ("A", dict(old="rvq:", new="r: ["), "settings are not YAML"),
     ("A", dict(change=lambda state: state | {"encoder.x": torch.zeros(1)}), "tensor encoder.x is unexpected"),
     ("H", dict(normalize=True), "a codec with normalize True is not supported"),
-    ("H", dict(upsampling_ratios=[8, 5, 4]), "tensor .* is missing"),
     ("H", dict(upsampling_ratios=8), "ratios must be"),
     ("H", dict(num_lstm_layers=1), "tensor .* is unexpected"), ("H", dict(sampling_rate="x"), "sample_rate must be")])
 def test_load_codec_names_file_and_field_of_settings_that_are_wrong(lay, change, words, tmp_path):

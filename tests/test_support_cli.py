@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import typing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +160,11 @@ def test_run_ends_a_stop_with_the_code_of_its_signal(stop, code, capsys):
     assert ended.code == code and ended.err == "stopped\n"
 
 
+def test_run_tells_a_warning_in_one_line(call):
+    ended = call(SimpleNamespace(__name__="play", main=lambda: warnings.warn("it ends\nearly", stacklevel=1)))
+    assert (ended.code, ended.err) == (0, "play.py: warning: it ends early\n")
+
+
 def test_run_does_not_hide_a_bug():
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError):
@@ -193,3 +200,10 @@ def test_say_to_a_stdout_that_is_closed_gone_or_full_does_not_turn_success_into_
     ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True,
                            env={**os.environ, "SAYING": SAYING, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"})
     assert (ended.returncode, ended.stderr) == (0, "done\n")
+
+
+def test_say_speaks_in_the_first_of_several_processes_only(monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        cli.say(f"of {rank}")
+    assert capsys.readouterr().out == "of 0\n"

@@ -377,7 +377,7 @@ def texts(clips):
 def test_load_data_holds_out_whole_files_of_which_no_clip_is_trained_on(load, music):
     songs(music, range(16))
     train, valid = load(music, valid_share=0.5)
-    assert len(train) + len(valid) == 32 and 0 < len(valid) < 32 and len(valid) % 2 == 0
+    assert len(train.codes) + len(valid.codes) == 32 and 0 < len(valid.codes) < 32 and len(valid.codes) % 2 == 0
     assert not texts(train) & texts(valid) and len(texts(train) | texts(valid)) == 16
 
 
@@ -394,7 +394,7 @@ def test_load_data_holds_a_file_out_or_not_whatever_is_beside_it(load, music):
 def test_load_data_validates_a_small_data_set_on_itself_and_says_so(load, three_files, capsys):
     for share in (0.0, 1.0):  # none is held out, or all
         train, valid = load(three_files, valid_share=share)
-        assert len(train) == 3 and torch.equal(train.codes, valid.codes)
+        assert len(train.codes) == 3 and torch.equal(train.codes, valid.codes)
         assert "validating on the training clips" in capsys.readouterr().out
 
 
@@ -404,7 +404,7 @@ def test_load_data_takes_entries_that_are_no_files(load):
 
     entries = [Entry(f"wave {i}", f"{i}", lambda tell, i=i: [np.full(8000, i / 10, np.float32)], "x") for i in range(3)]
     train, valid = load("waves", entries=(entries[:2], [entries[2], Entry("off", "off", bad, "y")]))
-    assert (len(train), len(valid)) == (2, 1) and not torch.equal(train.codes[0], train.codes[1])
+    assert (len(train.codes), len(valid.codes)) == (2, 1) and not torch.equal(train.codes[0], train.codes[1])
 
 
 # -------------------------------------------------------------------------------------------------------------- batches

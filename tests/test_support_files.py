@@ -4,11 +4,9 @@ Read in this order: `whole_file` and `save_whole` (writing), `read_checkpoint` (
 (what tensors may be), `Companions`. Files are damaged and disks are full for real.
 """
 
-import contextlib
 import os
 import pickle
 import random
-import resource
 import time
 
 import pytest
@@ -25,18 +23,6 @@ from support.files import (
     save_whole,
     whole_file,
 )
-
-
-@contextlib.contextmanager
-def full_disk(size):
-    """No file may grow beyond `size` bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
 
 # -------------------------------------------------------------------------------------------------------------- writing
 
@@ -68,7 +54,7 @@ def test_whole_file_removes_what_killed_processes_left_behind_but_nothing_fresh_
     assert not old.exists() and fresh.exists() and other.exists()
 
 
-def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path):
+def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path, full_disk):
     path = tmp_path / "checkpoint.pt"
     save_whole({"a": 1}, path)
     with pytest.raises(OSError, match="checkpoint.pt: could not be written, what was there is kept"), full_disk(50_000):

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 import support.cli
 from support.cli import Config, option
-from support.files import read_checkpoint, rename
-from support.hub import WEIGHTS, beside, fetch, fetch_url, make_config, read_yaml
+from support.files import read_checkpoint
+from support.hub import WEIGHTS, fetch, fetch_url, make_config, read_yaml
 
 NAME = "google-t5/some-model"
 
@@ -94,21 +94,18 @@ def test_fetch_says_in_one_line_what_is_missing_and_uses_what_was_put_there_by_h
     assert fetch(NAME, "config.json", "a.bin|b.bin").resolve() == offline / NAME
 
 
-def test_fetch_names_a_file_and_a_repository_that_the_hub_has_not(local_hub):
+def test_fetch_names_a_file_and_a_repository_that_the_hub_has_not_and_asks_no_one_offline(local_hub, monkeypatch):
     put(local_hub.folder / NAME, config__json=b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+            fetch(NAME, "config.json")
+        assert local_hub.served == []
     with pytest.raises(ConnectionError, match="404.*nothing.bin") as error:
         fetch(NAME, "config.json", "nothing.bin")
     assert "config.json" not in str(error.value), "it was fetched"
     with pytest.raises(ConnectionError, match="RepositoryNotFound.*no/such/resolve/main/config.json"):
         fetch("no/such", "config.json")
-
-
-def test_fetch_asks_no_one_in_offline_mode(local_hub, monkeypatch):
-    put(local_hub.folder / NAME, config__json=b"{}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
-        fetch(NAME, "config.json")
-    assert local_hub.served == []
 
 
 def test_fetch_obeys_the_environment_variables_of_the_library(local_hub, tmp_path):
@@ -130,15 +127,6 @@ def test_fetch_url_checks_the_hash_and_keeps_the_file(local_hub):
     for _ in range(2):
         assert fetch_url(url, "2cf24dba").read_bytes() == b"hello"
     assert len(local_hub.served) == 2
-
-
-def test_beside_finds_a_repository_in_the_folder_or_next_to_it(tmp_path):
-    model = tmp_path / "magnet"
-    model.mkdir()
-    assert beside(model, "facebook/encodec_32khz") == "facebook/encodec_32khz"
-    for place in (tmp_path / "encodec_32khz", model / "encodec_32khz"):
-        place.mkdir()
-        assert beside(model, "facebook/encodec_32khz") == str(place)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -193,7 +181,3 @@ def test_make_config_takes_its_fields_and_names_file_and_field_of_a_bad_one():
     for rate in (float("nan"), 10**400, None):
         with pytest.raises(ValueError, match="^config.json: "):
             make_config(Small, {"width": 3, "rate": rate}, "config.json")
-
-
-def test_rename_replaces_one_pair_after_another():
-    assert rename("blocks.3.q", (("blocks.", "layers."), (".q", ".query"))) == "layers.3.query"

@@ -6,6 +6,7 @@ export; the judge and what `toy.evaluate` measures.
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,44 +14,25 @@ import torch
 
 from encodec_wrap import Codec, CodecConfig, load_codec
 from model import load_model
+from support.files import save_whole
 from t5_encoder import T5Config, T5Encoder
-from toy.evaluate import frechet, swap_shares, swapped_prompts, wilson
+from toy import world
+from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts, wilson
 from toy.export import main as export
 from toy.export import quantized
 from toy.judge import cross_check, load_judge
 from toy.mel import log_mel, mel_filters, mel_spectrogram
-from toy.signals import READERS, onsets, pitch
+from toy.signals import READERS, pitch
 from toy.train_codec import draw_cuts, reconstruction_losses, revive_dead_codes
 from toy.train_codec import main as train_codec
 from toy.train_text import draw_caption, read_attributes, train_tokenizer
-from toy.world import (
-    ATTRIBUTES,
-    BEATS,
-    FRAME_RATE,
-    INSTRUMENTS,
-    KEYS,
-    SAMPLE_RATE,
-    STEPS,
-    UNSEEN_PAIRS,
-    WORDS,
-    caption,
-    combinations,
-    describe,
-    example,
-    in_tune,
-    render,
-)
+from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, WORDS, caption, combinations, describe, render
 
 
 def play(seed=0, seconds=4.0, **attributes):
     """A clip of a flute that repeats one note in the middle register, without drums, but for what is asked."""
     plain = {"instrument": "flute", "melody": "repeated", "tempo": "medium", "register": "mid", "drums": "off"}
     return render(plain | attributes, np.random.default_rng(seed), seconds)
-
-
-def power(wav):
-    """Frequencies in Hz and the power at each."""
-    return np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), np.abs(np.fft.rfft(wav)) ** 2
 
 
 def strongest_partial(wav):
@@ -62,12 +44,12 @@ def strongest_partial(wav):
 # ----------------------------------------------------------------------------------------------------------- which clip
 
 def test_example_is_the_same_clip_for_the_same_three_numbers_only():
-    wav, text, attributes = example(5, "unseen", seed=3)
-    again, same_text, same_attributes = example(5, "unseen", seed=3)
+    wav, text, attributes = world.example(5, "unseen", seed=3)
+    again, same_text, same_attributes = world.example(5, "unseen", seed=3)
     assert np.array_equal(wav, again) and (text, attributes) == (same_text, same_attributes)
     assert describe(5, "unseen", 3)[:2] == (attributes, text)
     clips = (0, "train", 0), (1, "train", 0), (0, "train", 1), (0, "valid", 0)
-    assert len({example(*clip)[0].tobytes() for clip in clips}) == 4
+    assert len({world.example(*clip)[0].tobytes() for clip in clips}) == 4
 
 
 def test_combinations_hold_every_combination_once_and_only_the_named_pairs_are_unseen():
@@ -101,103 +83,50 @@ def test_render_plays_any_attributes_at_any_length():
 
 def test_render_plays_the_same_attributes_differently_each_time():
     assert len({play(seed, 0.5).tobytes() for seed in range(8)}) == 8
-    assert {25 * round(strongest_partial(play(seed, 0.5)) / 25) for seed in range(20)} == set(KEYS["mid"])
-
-
-def test_in_tune_pitches_fill_two_frames_with_whole_periods_and_no_two_notes_of_a_melody_fall_together():
-    for keys in KEYS.values():
-        for key in keys:
-            notes = [in_tune(key * 2 ** (step / 12)) for step in STEPS["rising"]]
-            assert all(2 * note / FRAME_RATE == int(2 * note / FRAME_RATE) for note in notes)
-            assert len(set(notes)) == len(notes) and notes == sorted(notes)
+    assert {25 * round(strongest_partial(play(seed, 0.5)) / 25) for seed in range(20)} == set(world.KEYS["mid"])
 
 
 def test_a_note_sounds_the_same_every_time_and_repeats_itself_every_two_frames():
-    """So that the codec can write it with the same codes again and again."""
+    """So that the codec can write it with the same codes again and again. No two notes of a melody fall together."""
     t = np.arange(8000) / SAMPLE_RATE
-    for instrument in INSTRUMENTS.values():
+    for instrument in world.INSTRUMENTS.values():
         assert np.array_equal(*(instrument(400.0, t, 0.4) for _ in range(2)))
-    wav, period = play(instrument="organ", tempo="slow"), 2 * SAMPLE_RATE // FRAME_RATE
+    wav, period = play(instrument="organ", tempo="slow"), 2 * SAMPLE_RATE // world.FRAME_RATE
     held = wav[round(0.2 * SAMPLE_RATE):round(0.5 * SAMPLE_RATE)]
     assert np.abs(held[period:] - held[:-period]).max() < 1e-4 * np.abs(held).max()
+    for key in sum(world.KEYS.values(), ()):
+        notes = [world.in_tune(key * 2 ** (step / 12)) for step in world.STEPS["rising"]]
+        assert all(2 * note / world.FRAME_RATE == int(2 * note / world.FRAME_RATE) for note in notes)
+        assert len(set(notes)) == len(notes) and notes == sorted(notes)
 
 
-@pytest.mark.parametrize("instrument", INSTRUMENTS)
-def test_render_leaves_no_sound_too_low_to_hear(instrument):
+def test_render_leaves_no_sound_too_low_to_hear():
     """A constant offset would take the room of the music and mean nothing."""
-    for register in ("mid", "high"):
-        hertz, energy = power(play(0, 2, instrument=instrument, register=register))
-        assert energy[hertz < 40].sum() < 0.02 * energy.sum(), register
+    for instrument in world.INSTRUMENTS:
+        for register in ("mid", "high"):
+            wav = play(0, 2, instrument=instrument, register=register)
+            hertz, energy = np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), np.abs(np.fft.rfft(wav)) ** 2
+            assert energy[hertz < 40].sum() < 0.02 * energy.sum(), (instrument, register)
 
 
-@pytest.mark.parametrize("tempo, beats", [("slow", (4, 6)), ("medium", (7, 9)), ("fast", (11, 13))])
-@pytest.mark.parametrize("melody", ["repeated", "rising"])
-def test_tempo_is_the_number_of_notes(tempo, beats, melody):
-    assert beats[0] <= len(onsets(play(0, instrument="organ", tempo=tempo, melody=melody))) <= beats[1]
-
-
-@pytest.mark.parametrize("instrument", INSTRUMENTS)
-def test_tempo_can_be_heard_from_every_instrument_with_drums(instrument):
-    def flashes(tempo):
-        """How many hits there are above 6 kHz, where mostly cymbals sound."""
-        wav = play(0, instrument=instrument, tempo=tempo, register="low", drums="on")
-        spectrum = np.fft.rfft(wav)
-        spectrum[np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE) < 6000] = 0
-        return len(onsets(np.fft.irfft(spectrum, len(wav)).astype(np.float32)))
-    slow, medium, fast = map(flashes, ATTRIBUTES["tempo"])
-    assert slow < 0.8 * medium and medium < 0.9 * fast
-
-
-@pytest.mark.parametrize("register", ["low", "mid", "high"])
-def test_register_is_the_octave_of_the_pitch(register):
+def test_register_is_the_octave_of_the_pitch():
     """The strongest partial of a flute is its note, and other instruments repeat themselves at the flute's pitch."""
-    for seed in range(2):
-        note = strongest_partial(play(seed, register=register))
-        assert min(abs(note - key) for key in KEYS[register]) < 2
+    for register, keys in world.KEYS.items():
+        note = strongest_partial(play(register=register))
+        assert min(abs(note - key) for key in keys) < 2
         for instrument in ("flute", "lead", "chip", "organ", "pluck"):
-            heard = pitch(play(seed, instrument=instrument, register=register)[1600:4800])
+            heard = pitch(play(seconds=1, instrument=instrument, register=register)[1600:4800])
             assert heard == pytest.approx(note, rel=0.06), instrument
-
-
-def test_register_moves_all_the_partials_of_a_bell():
-    def middle(register):
-        """The frequency with half of the power below it."""
-        hertz, energy = power(play(0, 2, instrument="bell", register=register))
-        return hertz[np.searchsorted(energy.cumsum(), energy.sum() / 2)]
-    low, mid, high = map(middle, ("low", "mid", "high"))
-    assert 2 * low < mid and 2 * mid < high
-
-
-def test_drums_can_be_heard_as_noise_beside_every_instrument_and_below_a_high_melody():
-    def share(low, high, **attributes):
-        hertz, energy = power(play(0, 2, **attributes))
-        return energy[(hertz > low) & (hertz < high)].sum() / energy.sum()
-    for instrument in INSTRUMENTS:
-        hiss = {drums: share(6500, 8000, instrument=instrument, register="low", drums=drums) for drums in ("on", "off")}
-        more = 1.2 if instrument == "pluck" else 5  # a plucked string begins with a burst of noise itself
-        assert hiss["on"] > more * hiss["off"] and hiss["on"] > 0.003, instrument
-    assert share(40, 150, register="high", drums="on") > 0.05 and share(40, 150, register="high") < 0.01
 
 
 @pytest.mark.parametrize("melody, steps", [
     ("rising", [2, 2, 3, 2]), ("falling", [-3, -2, -3, -2]), ("arpeggio", [4, 3, 5, -5]), ("repeated", [0, 0, 0, 0])])
 def test_melody_is_the_order_of_the_pitches(melody, steps):
     """The notes of a slow flute, in semitones from one to the next; the world's tuning is up to 0.7 off."""
-    wav, beat = play(melody=melody, tempo="slow"), BEATS["slow"] / FRAME_RATE
+    wav, beat = play(melody=melody, tempo="slow"), world.BEATS["slow"] / world.FRAME_RATE
     starts = [int((0.03 + (i + 0.25) * beat) * SAMPLE_RATE) for i in range(5)]
     notes = [12 * np.log2(strongest_partial(wav[start:start + int(0.5 * beat * SAMPLE_RATE)])) for start in starts]
     assert np.diff(notes) == pytest.approx(steps, abs=0.7)
-
-
-def test_instruments_differ_in_their_spectrum_when_they_play_the_same_note():
-    profiles = []
-    for instrument in INSTRUMENTS:
-        mel = mel_spectrogram(torch.from_numpy(play(0, 2, instrument=instrument))[None], SAMPLE_RATE)
-        mel[:, :1] = 0  # below 40 Hz
-        profiles.append(mel.mean(dim=2)[0] / mel.mean(dim=2).norm())
-    for i, a in enumerate(profiles):
-        for j, b in enumerate(profiles):
-            assert (a @ b < 0.95) == (i != j), (list(INSTRUMENTS)[i], list(INSTRUMENTS)[j])
 
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -213,12 +142,6 @@ def says(text):
     return said
 
 
-def test_words_are_given_for_every_value_and_no_two_values_share_one():
-    assert {name: tuple(values) for name, values in WORDS.items()} == ATTRIBUTES
-    words = [word for values in WORDS.values() for synonyms in values.values() for word in synonyms]
-    assert len(set(words)) == len(words)
-
-
 def test_caption_says_every_attribute_truly_and_nothing_of_what_it_was_not_told():
     rng = np.random.default_rng(0)
     for index in range(200):
@@ -229,7 +152,10 @@ def test_caption_says_every_attribute_truly_and_nothing_of_what_it_was_not_told(
         assert says(text) == some, text
 
 
-def test_caption_varies_its_words_and_their_order():
+def test_caption_varies_its_words_and_their_order_and_no_two_values_share_a_word():
+    assert {name: tuple(values) for name, values in WORDS.items()} == ATTRIBUTES
+    words = [word for values in WORDS.values() for synonyms in values.values() for word in synonyms]
+    assert len(set(words)) == len(words)
     attributes = describe(0)[0]
     texts = [caption(attributes, np.random.default_rng(i)) for i in range(200)]
     assert len(set(texts)) > 100
@@ -247,12 +173,13 @@ def encoder():
     return T5Encoder.from_pretrained("toy")
 
 
-def test_the_toy_tokenizer_knows_every_caption(encoder):
-    rng = np.random.default_rng(0)
-    tokenizer = encoder.tokenizer
+def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_tokenizer_knows(encoder):
+    rng, tokenizer = np.random.default_rng(0), encoder.tokenizer
     for _ in range(200):
-        text, _ = draw_caption(rng)
-        ids = tokenizer.encode(text)
+        text, labels = draw_caption(rng)
+        said, ids = says(text), tokenizer.encode(text)
+        assert labels == [values.index(said[name]) if name in said else len(values)
+                          for name, values in ATTRIBUTES.items()], text
         assert tokenizer.unk_id() not in ids and tokenizer.decode(ids) == text
 
 
@@ -267,15 +194,6 @@ def test_the_toy_encoder_gives_captions_of_other_attributes_other_embeddings(enc
     for name, values in ATTRIBUTES.items():
         rows = torch.stack([embed(**{name: value}) for value in values])
         assert torch.pdist(rows).min() > 0.1 * plain.norm(), name
-
-
-def test_draw_caption_gives_labels_that_are_true_of_the_caption():
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        text, labels = draw_caption(rng)
-        said = says(text)
-        for label, (name, values) in zip(labels, ATTRIBUTES.items(), strict=True):
-            assert label == (values.index(said[name]) if name in said else len(values)), text
 
 
 def test_train_tokenizer_writes_a_tokenizer_with_the_special_ids_of_t5(tmp_path):
@@ -297,13 +215,13 @@ def test_read_attributes_does_not_look_at_padding():
 
 # ------------------------------------------------------------------------------------------------- the codec's training
 
-@pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048])
-def test_mel_filters_cover_all_frequencies(n_fft):
-    filters = mel_filters(SAMPLE_RATE, n_fft, 64)
-    assert filters.shape == (n_fft // 2 + 1, 64) and (filters >= 0).all() and (filters <= 1).all()
-    assert (filters.sum(dim=1)[1:-1] > 0).all(), "but for 0 Hz and the Nyquist frequency, their outer edges"
-    centres = [column.argmax().item() for column in filters.T if column.any()]
-    assert centres == sorted(centres)
+def test_mel_filters_cover_all_frequencies():
+    for n_fft in (256, 2048):
+        filters = mel_filters(SAMPLE_RATE, n_fft, 64)
+        assert filters.shape == (n_fft // 2 + 1, 64) and (filters >= 0).all() and (filters <= 1).all()
+        assert (filters.sum(dim=1)[1:-1] > 0).all(), "but for 0 Hz and the Nyquist frequency, their outer edges"
+        centres = [column.argmax().item() for column in filters.T if column.any()]
+        assert centres == sorted(centres)
 
 
 def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor():
@@ -391,19 +309,21 @@ def test_quantized_weights_come_back_within_half_a_step_of_each_row():
 def test_export_keeps_what_sampling_needs_in_few_bits_and_sampling_flags_become_the_models_own(
         make_magnet, tmp_path, monkeypatch):
     model = make_magnet()
-    content = {"config": {"a": 1}, "model_config": vars(model.config), "codec": "toy", "text_encoder": "toy",
+    content = {"config": {"a": 1}, "model_config": vars(model.config), "codec": "../codec.pt", "text_encoder": "toy",
                "step": 7, "codec_id": "c0", "text_encoder_id": "e0", "ema": model.state_dict(), "model": {},
                "optimizer": {}, "rng": {}}
-    torch.save(content, tmp_path / "checkpoint.pt")
+    save_whole(content, tmp_path / "run" / "checkpoint.pt")
+    (tmp_path / "codec.pt").touch()
     flags = "--guidance-start 3 --top-p 0.9 --decoding-steps 40 10 10 10".split()
-    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), str(tmp_path / "small.pt"), *flags])
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "run"), str(tmp_path / "out/small.pt"), *flags])
     export()
-    small = torch.load(tmp_path / "small.pt", weights_only=True)
+    small = torch.load(tmp_path / "out/small.pt", weights_only=True)
     assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling", "scales"}
-    loaded, own = load_model(tmp_path / "small.pt")
+    loaded, own = load_model(tmp_path / "out/small.pt")
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=5e-3, rtol=0)  # up to 1.06 / 254
     assert own.sampling == {"guidance_start": 3.0, "decoding_steps": (40, 10, 10, 10)}, "what is not the default anyway"
-    assert load_model(tmp_path)[1].sampling == {}, "a training run has none"
+    assert load_model(tmp_path / "run")[1].sampling == {}, "a training run has none"
+    assert Path(own.codec).samefile(tmp_path / "codec.pt"), "beside the run, and now beside the export"
 
 
 @pytest.mark.parametrize("name, objective", [("toy", "magnet"), ("toy-ar", "ar"), ("toy-hybrid", "hybrid")])
@@ -415,14 +335,17 @@ def test_every_model_that_ships_reads_the_codec_and_the_text_encoder_that_ship(n
 
 # ------------------------------------------------------------------------------------------------ judge and evaluation
 
-def test_the_judge_that_ships_knows_the_world_as_it_is():
-    """A changed world without a retrained judge would make every adherence number wrong."""
+def test_the_judge_that_ships_hears_every_attribute_of_the_world_as_it_is():
+    """From every instrument, with drums and without. A changed world without a retrained judge would make every
+    adherence number wrong."""
     rng, judge = np.random.default_rng(5), load_judge()
-    for i, instrument in enumerate(ATTRIBUTES["instrument"]):
-        rows = [row for row in combinations("train") if row["instrument"] == instrument]
-        drawn = [rows[k] for k in rng.integers(len(rows), size=8)]
-        read = judge.read(torch.stack([torch.from_numpy(render(attributes, rng)) for attributes in drawn]))
-        assert (read[:, 0] == i).float().mean() >= 0.9, instrument
+    rows = combinations("train")
+    rows = [rows[k] for k in rng.permutation(len(rows))[:60]]
+    read = judge.read(torch.stack([torch.from_numpy(render(row, rng)) for row in rows]))
+    labels = torch.stack([labels_of(row) for row in rows])
+    for k, (name, values) in enumerate(ATTRIBUTES.items()):
+        for i, value in enumerate(values):
+            assert (read[:, k] == i)[labels[:, k] == i].float().mean() >= 0.9, (name, value)
 
 
 def test_frechet_distance_of_shifted_gaussians_is_the_squared_shift():
@@ -440,10 +363,10 @@ def test_wilson_interval_holds_the_share_and_narrows_with_n():
 
 def test_plain_measures_read_tempo_register_and_melody_of_an_organ():
     """The judge is judged by what nothing was learned for."""
-    plain = {"instrument": "organ", "melody": "rising", "tempo": "medium", "register": "mid", "drums": "off"}
     for name, measure in READERS["toy"].items():
         for value in ATTRIBUTES[name]:
-            assert measure(render(plain | {name: value}, np.random.default_rng(1))) == value, (name, value)
+            wav = play(1, **{"instrument": "organ", "melody": "rising"} | {name: value})
+            assert measure(wav) == value, (name, value)
 
 
 def test_the_judge_and_the_plain_measures_agree():
@@ -451,8 +374,8 @@ def test_the_judge_and_the_plain_measures_agree():
     rows = [row for row in combinations("train") if row["drums"] == "off"]
     rows = [rows[k] for k in rng.integers(len(rows), size=32)]
     wav = torch.from_numpy(np.stack([render(row, rng) for row in rows]))
-    labels = torch.tensor([[values.index(row[name]) for name, values in ATTRIBUTES.items()] for row in rows])
-    for name, (n, (measured, heard, alike)) in cross_check(load_judge(), wav, labels).items():
+    found = cross_check(load_judge(), wav, torch.stack([labels_of(row) for row in rows]))
+    for name, (n, (measured, heard, alike)) in found.items():
         assert n >= 20 and min(measured, heard, alike) > 0.8, name
 
 

@@ -836,13 +836,13 @@ def test_train_says_in_one_line_what_is_wrong_and_writes_nothing(flags, call, ti
     assert os.listdir(tmp_path) == ["empty"]
 
 
-def test_train_only_encode_fills_the_cache_that_training_reads_and_stops(call, tmp_path):
+def test_train_only_encode_fills_the_cache_that_training_reads_and_stops_and_touches_no_run(call, tiny_run):
     soundfile.write("song.wav", np.sin(np.arange(40_000) / 9) / 2, 16_000)
     Path("song.txt").write_text("a flute")
-    ended = call(train, "--data", ".", "--seconds", 1, "--cache", "cache", "--out", "run", "--only-encode")
+    ended = call(train, "--data", ".", "--seconds", 1, "--cache", "cache", "--out", tiny_run, "--only-encode")
     assert ended.code == 0 and "3 training clips and 3 validation clips of 1 s" in ended.out
     assert {path.name.split("-")[0] for path in Path("cache").glob("*.pt")} == {"codes", "text"}
-    assert not Path("run").exists()
+    assert read_state(tiny_run)["step"] == 10 and sorted(os.listdir()) == ["cache", "song.txt", "song.wav"]
 
 
 # ---------------------------------------------------------------------------------------------------- runs that move

@@ -16,7 +16,7 @@ import torch
 
 from sample import SamplingConfig
 from support.cli import Parser, add_flags, from_flags, run
-from support.files import read_checkpoint, save_whole
+from support.files import located, portable, read_checkpoint, save_whole
 
 
 def print_validation(log):
@@ -51,7 +51,7 @@ def main():
     args = parser.parse_args()
     kept = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id", "step")
     content = read_checkpoint(args.run / "checkpoint.pt", (*kept, "ema"))
-    small = {key: content[key] for key in kept}
+    small = portable(located({key: content[key] for key in kept}, args.run), args.out.parent)
     small["ema"], small["scales"] = quantized(content["ema"])
     default = vars(SamplingConfig())
     small["sampling"] = {k: v for k, v in vars(from_flags(args, SamplingConfig())).items() if v != default[k]}

@@ -49,12 +49,16 @@ SPLITS = ("train", "valid", "unseen")  # valid: training combinations, other cli
 FRESH = {}  # what `render` is told for clips that nothing was trained on: they are all new
 
 
+ROWS = [dict(zip(ATTRIBUTES, values, strict=True)) for values in product(*ATTRIBUTES.values())]
+COMBINATIONS = {split: [row for row in ROWS if ((row["instrument"], row["melody"]) in UNSEEN_PAIRS)
+                        == (split == "unseen")] for split in SPLITS}
+
+
 def combinations(split):
     """All attribute dictionaries of a split, in a fixed order (360 for train and valid, 72 for unseen)."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    rows = [dict(zip(ATTRIBUTES, values, strict=True)) for values in product(*ATTRIBUTES.values())]
-    return [r for r in rows if ((r["instrument"], r["melody"]) in UNSEEN_PAIRS) == (split == "unseen")]
+    return list(COMBINATIONS[split])
 
 
 def example(index, split="train", seed=0, seconds=SECONDS):
@@ -66,7 +70,7 @@ def example(index, split="train", seed=0, seconds=SECONDS):
 def describe(index, split="train", seed=0):
     """What clip number `index` of a split will be, before it is played: (attributes, caption, random generator)."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
-    rows = combinations(split)
+    rows = COMBINATIONS[split]
     attributes = rows[rng.integers(len(rows))]
     return attributes, caption(attributes, rng), rng
 

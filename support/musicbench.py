@@ -29,6 +29,7 @@ def unpack(archive, folder):
                 if member.isfile():  # its owner, mode and date are not taken over
                     with tar.extractfile(member) as source, path.open("wb") as target:
                         shutil.copyfileobj(source, target)
+            sum(map(len, iter(lambda: tar.fileobj.read(2**20), b"")))  # to the very end, where the checksum is
         os.replace(partial, folder)
     except (tarfile.TarError, EOFError, zlib.error, BadGzipFile) as error:
         raise ValueError(f"{archive}: is damaged ({error}); remove it and try again") from error
@@ -36,8 +37,7 @@ def unpack(archive, folder):
         shutil.rmtree(partial, ignore_errors=True)
 
 def musicbench_entries(folder, caption_key, sample_rate):
-    """(training entries, entries of test A) for `load_data`; the data set is fetched, and unpacked into `folder`, once.
-    ConnectionError: a download failed; the next one goes on where it broke off."""
+    """(training entries, entries of test A) for `load_data`; fetched and unpacked into `folder` once. ConnectionError."""
     source, root, entries = fetch(REPOSITORY, *LISTS, ARCHIVE, repo_type="dataset"), folder / "datashare", []
     if not folder.is_dir():
         say(f"unpacking {source / ARCHIVE} into {folder}")

@@ -46,6 +46,7 @@ encodec = import_encodec()
 warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)  # the package's kind of it
 
 TOY_CODEC = Path(__file__).parent / "toy" / "weights" / "codec.pt"
+SHIPPED = {"toy": TOY_CODEC, "tunes": TOY_CODEC.parent / "tunes" / "codec.pt"}
 REPOSITORY = "facebook/encodec_32khz"  # the codec of the published music models
 CODEC_FILE = "compression_state_dict.bin"  # of a published model's folder: its codec, or a pointer to REPOSITORY
 FILE_24KHZ = f"{encodec.model.ROOT_URL}encodec_24khz-d7cc33bc.th", "d7cc33bc"  # address, beginning of its SHA-256
@@ -149,14 +150,15 @@ class Codec(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- weights
 
 def load_codec(name_or_path, n_codebooks=None, device="cpu"):
-    """Load a codec in eval mode, without gradients: "toy", "encodec_24khz", "facebook/encodec_32khz", or a local one.
+    """Load a codec in eval mode, without gradients: "toy", "tunes", "encodec_24khz", "facebook/encodec_32khz", or a
+    local one.
 
     A local codec is a file written by `Codec.save`, a folder in the layout of Hugging Face (or its weights alone), or
     AudioCraft's compression_state_dict.bin (or its folder). `n_codebooks` keeps only the first K codebooks (the 24 kHz
     model has up to 32; 4 by default). Public weights are downloaded once. ValueError: an unknown name, a file that is
     not a codec or does not fit; ConnectionError: a download failed. Each names the file.
     """
-    name, path = str(name_or_path), TOY_CODEC if name_or_path == "toy" else Path(name_or_path)
+    name, path = str(name_or_path), SHIPPED.get(str(name_or_path), Path(name_or_path))
     if name in ("encodec_24khz", REPOSITORY) and not path.exists():
         path = fetch(REPOSITORY, WEIGHTS, "config.json") if name == REPOSITORY else fetch_url(*FILE_24KHZ)
     if path.is_dir():

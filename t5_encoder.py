@@ -28,6 +28,7 @@ from support.files import NoInit, load_strictly, read_checkpoint
 from support.hub import WEIGHTS, fetch, make_config
 
 TOY_ENCODER = Path(__file__).parent / "toy" / "weights" / "text"
+SHIPPED = {"toy": TOY_ENCODER, "tunes": TOY_ENCODER.parent / "tunes" / "text"}
 CONFIG, TOKENIZER = "config.json", "spiece.model"  # the files of an encoder's folder, beside its weights
 PAD_ID, EOS_ID, MAX_TOKENS = 0, 1, 512
 REPOSITORIES = {name: f"{'google' if name.startswith('flan') else 'google-t5'}/{name}" for name in (
@@ -235,7 +236,7 @@ class T5Encoder(nn.Module):
         file; ConnectionError: a download failed. Each names the file.
         """
         name = str(path_or_name)
-        path, repository = TOY_ENCODER if name == "toy" else Path(name), REPOSITORIES.get(name.split("/")[-1])
+        path, repository = SHIPPED.get(name, Path(name)), REPOSITORIES.get(name.split("/")[-1])
         if not path.exists():
             if repository is None or name not in (repository, repository.split("/")[-1]):
                 raise ValueError(f"text encoder {name!r} is neither a local path nor toy, {', '.join(REPOSITORIES)}")

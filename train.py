@@ -296,7 +296,7 @@ def read_settings(args, flags):
         state, source = read_checkpoint(checkpoint, STATE_KEYS), "--resume"
         try:
             base, _ = TrainConfig(**located(state["config"], flags.out)), ModelConfig(**state["model_config"])
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint}: its config is not one of this version ({error})") from error
         fixed = vars(base).keys() - {"data", "codec", "text_encoder"}  # these may have moved; their content is checked
     elif checkpoint.exists() and not flags.only_encode:

@@ -37,7 +37,7 @@ def unpack(archive, folder):
         shutil.rmtree(partial, ignore_errors=True)
 
 def musicbench_entries(folder, caption_key, sample_rate):
-    """(training entries, entries of test A) for `load_data`; fetched, and unpacked to `folder`, once. ConnectionError."""
+    """(training entries, entries of test A) for `load_data`; fetched and unpacked once. ConnectionError."""
     source, root, entries = fetch(REPOSITORY, *LISTS, ARCHIVE, repo_type="dataset"), folder / "datashare", []
     if not folder.is_dir():
         say(f"unpacking {source / ARCHIVE} into {folder}")

@@ -101,6 +101,7 @@ def windows(given, seconds, overlap=None, frame_rate=1):
     sight of both sides.
 
     >>> [window.start for window in windows(torch.zeros(25, dtype=torch.bool), 10, 4)]
+    made in 4 windows of 10 s that overlap by 4 s
     [0, 6, 12, 15]
     >>> windows((torch.arange(25) < 12) | (torch.arange(25) >= 16), 10, 4)
     [slice(9, 19, None)]

@@ -23,6 +23,7 @@ from support.cli import run
 
 DATA = Path(__file__).parent / "data"
 torch.set_num_threads(1)  # so that a busy machine slows nothing down tenfold
+os.environ["OMP_NUM_THREADS"] = "1"  # nor the processes that tests start
 
 
 def pytest_addoption(parser):

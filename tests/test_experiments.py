@@ -128,7 +128,8 @@ def test_full_size_models_are_laid_out_as_published_and_load_back(sounds, tmp_pa
     model, codec, encoder = sorted(written, key=lambda module: ("MAGNeT", "Codec", "T5Encoder").index(
         type(module).__name__))
     loaded, companions = load_model(tmp_path / "model")
-    assert loaded.config == model.config and companions.sampling == {"schedule": "released"}
+    assert loaded.config == model.config and companions.sampling["schedule"] == "released"
+    assert companions.sampling["temperature"] == (3.5 if sounds else 3.0)
     back = load_codec(companions.codec)
     assert back.config == codec.config and back.sample_rate == (16_000 if sounds else 32_000)
     assert companions.text_encoder == str(tmp_path / "model" / ("t5-large" if sounds else "t5-base"))

@@ -350,9 +350,9 @@ def test_train_in_parts_has_the_gradient_of_the_mean_over_all_tokens_of_the_batc
 TRAINING = {  # a value of each setting that is not the default one; those which need other flags are below
     "objective": "ar", "data": "music", "codec": "codec.pt", "text_encoder": "text", "n_codebooks": 2, "seconds": 0.5,
     "audio_key": "file", "caption_key": "words", "toy_clips": 7, "text_len": 40, "dim": 48, "n_heads": 4, "n_layers": 3,
-    "dropout": 1.0, "span_len": 50, "context_ms": 30.0, "steps": 3, "stage_weights": "0 0 0 1", "batch_size": 6,
-    "lr": 0.4, "warmup": 1, "weight_decay": 50, "ema_decay": 0, "condition_dropout": 1, "codebook_dropout": 0,
-    "seed": 1, "dtype": "bf16"}
+    "dropout": 1.0, "span_len": 50, "context_ms": 30.0, "train_blocks": 1, "steps": 3, "batch_size": 6,
+    "stage_weights": "0 0 0 1", "lr": 0.4, "warmup": 1, "weight_decay": 50, "ema_decay": 0, "condition_dropout": 1,
+    "codebook_dropout": 0, "seed": 1, "dtype": "bf16"}
 FLAGS = {"audio_key": "--data list.jsonl", "caption_key": "--data list.jsonl", "codebook_dropout": "--objective ar"}
 
 

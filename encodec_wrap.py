@@ -105,7 +105,7 @@ class Codec(nn.Module):
 
     @torch.inference_mode()
     def encode(self, wav):
-        """Audio (B, 1, S) at `sample_rate` -> codes (B, K, T) long, T = ceil(S / hop length)."""
+        """[Sec. 2] Audio (B, 1, S) at `sample_rate` -> codes (B, K, T) long, T = ceil(S / hop length)."""
         if wav.dim() != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
             raise ValueError(f"encode wants audio of shape (B, 1, S) with S > 0, not {tuple(wav.shape)}")
         layers = self.model.encoder.model
@@ -117,7 +117,7 @@ class Codec(nn.Module):
 
     @torch.inference_mode()
     def decode(self, codes):
-        """Codes (B, K, T) -> audio (B, 1, T * hop length)."""
+        """[Sec. 2] Codes (B, K, T) -> audio (B, 1, T * hop length)."""
         if codes.dim() != 3 or not 1 <= codes.shape[1] <= self.config.n_codebooks or codes.shape[2] == 0:
             raise ValueError(f"decode wants codes (B, {self.n_codebooks}, T) with T > 0, not {tuple(codes.shape)}")
         if codes.min() < 0 or codes.max() >= self.codebook_size:

@@ -109,7 +109,7 @@ def restricted_attention_mask(n_frames, context):
 
 
 def causal_attention_mask(n_queries, n_keys):
-    """[Eq. 1] Each position sees itself and what is before it: (n_queries, n_keys) bool, True = may attend.
+    """[Eq. 1, Eq. 2] Each position sees itself and what is before it: (n_queries, n_keys) bool, True = may attend.
 
     The queries are the last of the positions, as when a cache holds the first ones.
 

@@ -115,7 +115,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the frames to the text, without biases."""
+    """[Sec. 2] Multi-head attention from the frames to the text, without biases."""
 
     def __init__(self, config):
         super().__init__()

@@ -87,7 +87,7 @@ def with_negative(text, text_mask, negative):
 
 
 def guided_logits(model, codes, stage, text, text_mask, scale, mask=None, cache=None):
-    """[Sec. 3.3] Classifier-free guidance: uncond + scale * (cond - uncond), shaped as the model's logits.
+    """[Sec. 3.3, Eq. 6] Classifier-free guidance: uncond + scale * (cond - uncond), shaped as the model's logits.
 
     codes: (B, K, T) with mask tokens; text, text_mask: of B prompts, the null condition is none at all, or of 2B, from
     `with_negative`. Both halves run as one batch; where the scale makes one of them irrelevant it is skipped. Without a
@@ -323,7 +323,7 @@ def decode_autoregressively(model, codes, text, text_mask, n_positions, config, 
 @torch.inference_mode()
 def generate(model, text, text_mask, codes, config=None, streams=None, negative=None, rescorer=None, on_step=None,
              frame_rate=50.0):
-    """[Sec. 3.3, Fig. 4; App. D, Fig. 7] Fill in the mask tokens of codes (B, K, T), as the model was trained to: in
+    """[Sec. 3.3, Fig. 4; Sec. 3.5, App. D] Fill in the mask tokens of codes (B, K, T), as the model was trained to: in
     parallel, codebook after codebook; or from left to right; or so for the first `hybrid_seconds`, then in parallel.
 
     text: (B, L, text_dim) from the text encoder and text_mask (B, L) bool, or None and None for no prompt; codes: long,

@@ -29,14 +29,32 @@ os.environ["OMP_NUM_THREADS"] = "1"  # nor the processes that tests start
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too (minutes)")
     parser.addoption("--network", action="store_true", help="run the tests marked network too (they download)")
+    parser.addoption("--mine", metavar="FOLDER", help="with the functions of this folder in place of ours, see study")
+
+
+def pytest_configure(config):
+    if config.getoption("--mine"):
+        from study.mine import plant
+        plant(config.invocation_params.dir / config.getoption("--mine"))
 
 
 def pytest_collection_modifyitems(config, items):
+    of_the_paper = paper_tests() if "paper" in (config.getoption("-m") or "") else ()
     for item in items:
+        if f"tests/{item.path.name}::{getattr(item, 'originalname', '')}" in of_the_paper:
+            item.add_marker("paper")
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; runs with --slow"))
         if "network" in item.keywords and not config.getoption("--network"):
             item.add_marker(pytest.mark.skip(reason="needs the internet; runs with --network"))
+
+
+def paper_tests():
+    """What `pytest -m paper` runs: the tests of the functions that have a place in the paper, and of T5's network."""
+    from study.code import functions
+    whole = ("train.train", "sample.generate", "model.MAGNeT.forward", "encodec_wrap", "from_pretrained", "tokenize")
+    return {test.id for name, function in functions().items() for test in function.tests
+            if (function.place or function.module == "t5_encoder") and not any(word in name for word in whole)}
 
 
 @pytest.fixture(scope="session")

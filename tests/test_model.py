@@ -74,6 +74,7 @@ def frames_that_reach(model, frame, stage, T):
 
 
 @pytest.mark.parametrize("n_layers", [1, 3])
+@pytest.mark.of("MAGNeT.forward")
 def test_later_stages_see_five_frames_more_on_each_side_in_every_layer(n_layers, make_magnet):
     reach = 5 * n_layers
     for stage, frame in ((1, 0), (1, 30), (3, 30), (3, 60)):
@@ -81,6 +82,7 @@ def test_later_stages_see_five_frames_more_on_each_side_in_every_layer(n_layers,
         assert frames_that_reach(make_magnet(n_layers=n_layers), frame, stage, 61) == wanted, f"stage {stage}"
 
 
+@pytest.mark.of("MAGNeT.forward")
 def test_the_first_stage_sees_every_frame_and_with_context_minus_1_all_do(make_magnet):
     assert frames_that_reach(make_magnet(n_layers=1), 0, 0, 61) == list(range(61)), "only stages > 0 are restricted"
     assert frames_that_reach(make_magnet(context=-1), 20, 3, 40) == list(range(40)), "context -1"
@@ -98,6 +100,7 @@ def test_text_attention_mask_shows_a_clip_its_own_tokens_and_padding_up_to_text_
 
 
 @pytest.mark.parametrize("text_len", [0, 32])
+@pytest.mark.of("text_attention_mask")
 def test_a_clips_logits_do_not_depend_on_its_neighbours(text_len, make_magnet):
     """Alone, first or last of two, beside a text of 512 tokens. Measured: they differ by at most 1.2e-6; those of
     `magnet_tiny`, whose logits are up to 14, by 9e-6; those of the shipped model not at all."""
@@ -114,6 +117,7 @@ def test_a_clips_logits_do_not_depend_on_its_neighbours(text_len, make_magnet):
 
 
 @pytest.mark.parametrize("text_len", [0, 9])
+@pytest.mark.of("MAGNeT.forward", "CrossAttention")
 def test_the_null_condition_is_all_zero_whatever_the_text_and_the_projections_bias(text_len, make_magnet):
     """A row without a token adds exactly nothing to the residual stream: neither the empty caption's embedding, nor
     the bias of the projection, which is not zero once it is trained."""
@@ -126,6 +130,7 @@ def test_the_null_condition_is_all_zero_whatever_the_text_and_the_projections_bi
     assert not torch.allclose(logits[0], null[0], atol=1e-3), "the other row has a text"
 
 
+@pytest.mark.of("text_attention_mask")
 def test_padding_takes_part_as_zero_keys_and_values(make_magnet):
     """As released: the shares of text_len - L more keys with score 0 go to nothing, so the text counts for less."""
     model, wider = make_magnet(), make_magnet(text_len=50)  # the same weights
@@ -146,6 +151,7 @@ def test_positions_begin_with_the_cosines():
     assert positions(1, 8, "cpu", start=2).equal(table[2:]), "with a cache, frames are counted on"
 
 
+@pytest.mark.of("MAGNeT.forward")
 def test_inputs_are_the_sum_of_one_embedding_per_codebook_and_the_position(make_magnet):
     """Table k is filled with 10 ** k: the sum over four codebooks is 1111 (their mean 278, the first table alone 4)."""
     model, inputs = make_magnet(), []
@@ -157,6 +163,7 @@ def test_inputs_are_the_sum_of_one_embedding_per_codebook_and_the_position(make_
     torch.testing.assert_close(inputs[0] - positions(20, 32, "cpu"), torch.full((2, 20, 32), 1111.0), atol=1e-3, rtol=0)
 
 
+@pytest.mark.of("MAGNeT.forward")
 def test_each_codebook_has_its_own_head(make_magnet):
     """The last norm gives ones, head k sums them up to k: the logits of stage k are k."""
     model, codes = make_magnet(), random_codes(make_magnet())
@@ -167,6 +174,7 @@ def test_each_codebook_has_its_own_head(make_magnet):
     assert model(codes, None).mean(dim=(0, 2, 3)).tolist() == pytest.approx([0, 1, 2, 3]), "all stages at once"
 
 
+@pytest.mark.of("Block.forward")
 def test_feed_forward_uses_the_exact_gelu():
     """x * Phi(x) of the normal distribution: at 1 it is 0.84134; the tanh approximation gives 0.84119, ReLU 1."""
     block = Block(ModelConfig(dim=4, n_heads=1, ffn_mult=1))
@@ -177,6 +185,7 @@ def test_feed_forward_uses_the_exact_gelu():
     torch.testing.assert_close(block(torch.zeros(1, 1, 4))[0, 0], wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.of("Block")
 def test_every_layer_norm_divides_by_the_root_of_the_variance_and_1e_5(make_magnet):
     """Of inputs of +-0.001 (variance 1e-6) that makes 0.001 / sqrt(1.1e-5) = 0.3015; other eps give 0.03 or 0.995."""
     norms = [module for module in make_magnet().modules() if isinstance(module, torch.nn.LayerNorm)]
@@ -185,6 +194,7 @@ def test_every_layer_norm_divides_by_the_root_of_the_variance_and_1e_5(make_magn
         assert norm(torch.tensor([0.001, -0.001] * 16))[0].item() == pytest.approx(0.30151, abs=1e-4)
 
 
+@pytest.mark.of("Block.forward")
 def test_a_block_adds_to_the_residual_stream_which_is_never_normalised_itself(make_magnet):
     """Three branches that give zero leave a block's input as it is: pre-norm. No projection in it has a bias."""
     block, x = make_magnet().blocks[0], torch.randn(1, 5, 32)
@@ -196,6 +206,7 @@ def test_a_block_adds_to_the_residual_stream_which_is_never_normalised_itself(ma
 
 
 @pytest.mark.parametrize("stage", range(4))
+@pytest.mark.of("MAGNeT.forward")
 def test_hidden_and_later_tokens_cannot_leak_and_shown_ones_count(stage, make_magnet):
     model, hidden = make_magnet(), (torch.arange(20) % 3 == 0).expand(2, -1)
     codes, other = random_codes(model, seed=0), random_codes(model, seed=1)
@@ -209,6 +220,7 @@ def test_hidden_and_later_tokens_cannot_leak_and_shown_ones_count(stage, make_ma
 # ----------------------------------------------------------------------------------------------- the cache, score_codes
 
 @pytest.mark.parametrize("parts", [[1] * 12, [7, 1, 4], [12]], ids=str)
+@pytest.mark.of("Cache.append")
 def test_reading_with_a_cache_gives_the_logits_of_one_causal_pass(parts, make_magnet):
     model = make_magnet(objective="ar")
     codes, text = random_codes(model, T=12), random_text(model)
@@ -261,6 +273,7 @@ def test_forward_says_what_does_not_fit(K, stage, L_dim, words, make_magnet):
         make_magnet()(torch.zeros(1, K, 5).long(), stage, torch.zeros(1, 2, L_dim), torch.ones(1, 2))
 
 
+@pytest.mark.of("MAGNeT")
 def test_all_weights_start_at_the_scale_of_their_inputs_and_learn(make_magnet):
     model = make_magnet(dim=64, card=64)
     for layer, fan_in in ((model.emb[0], 64), (model.heads[0], 64), (model.blocks[0].linear2, 256)):
@@ -272,6 +285,7 @@ def test_all_weights_start_at_the_scale_of_their_inputs_and_learn(make_magnet):
             assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0, name
 
 
+@pytest.mark.of("MAGNeT")
 def test_repr_says_what_kind_of_model_it_is(make_magnet):
     kinds = {"full attention": {"context": -1}, "2 layers x 32 wide, 2 heads": {}, "5 frames of context": {},
              "autoregressive": {"objective": "ar"}, "hybrid, spans of 3": {"objective": "hybrid"}}
@@ -420,6 +434,7 @@ def test_forward_gives_the_official_logits_and_loss(stage, magnet_tiny, golden):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.of("MAGNeT.forward")
 def test_logits_in_half_precision_are_within_two_percent_of_the_official_ones(dtype, golden):
     model = load_model(DATA / "magnet_tiny_state_dict.bin", dtype=dtype)[0]
     model.config.text_len = 7

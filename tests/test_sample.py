@@ -90,6 +90,7 @@ def test_annealed_temperature_falls_linearly_to_a_floor_above_zero():
     assert sample.annealed_temperature(0, 4, 0.0) == 0.01, "softmax divides by it"
 
 
+@pytest.mark.of("decode_stage")
 def test_generate_ties_guidance_to_the_mask_rate_and_not_to_the_step(make_magnet):
     """Two entries, logits 1 and 0 with a text, 0 and 0 without: guided by a scale they are `scale` and 0, and the
     confidence is sigmoid(scale / temperature). At rates cos(0, 22.5, 45 degrees) the scale is 9 * rate + 1."""
@@ -111,6 +112,7 @@ def test_guided_logits_go_from_the_null_condition_through_the_prompt(make_magnet
 
 
 @pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.of("guided_logits", "decode_stage")
 def test_generate_guides_away_from_the_null_condition_or_the_negative_prompt(negative, make_magnet):
     """The first step by hand. The null condition is that of a model without a text, all zero: neither the embedding of
     an empty caption, nor the bias of the text's projection."""
@@ -284,6 +286,7 @@ def test_spans_to_hide_counts_the_spans_that_a_gap_touches():
 # ------------------------------------------------------------------------------------------------------------ one stage
 
 @pytest.mark.parametrize("P, n", [(0, 20), (6, 18), (7, 18)])
+@pytest.mark.of("decode_stage", "spans_to_hide")
 def test_a_stage_hides_as_many_spans_as_the_schedule_says(P, n, make_magnet):
     """60 frames, spans of 3, an audio prompt of P frames: n spans have an open frame. int(rate * n) are hidden."""
     model = make_magnet(n_codebooks=1)
@@ -297,6 +300,7 @@ def test_a_stage_hides_as_many_spans_as_the_schedule_says(P, n, make_magnet):
 @ARRANGEMENTS
 @SCORINGS
 @pytest.mark.parametrize("given", [slice(0, 0), slice(0, 7), slice(20, 50)])
+@pytest.mark.of("decode_stage")
 def test_what_a_stage_has_kept_is_never_hidden_or_changed_again(arrangement, scoring, given, make_magnet):
     model = make_magnet()
     steps = steps_of(model, to_fill(model, 50, given), decoding_steps=(30, 5, 5, 5), temperature=10.0,
@@ -311,6 +315,7 @@ def test_what_a_stage_has_kept_is_never_hidden_or_changed_again(arrangement, sco
         assert after["codes"][:, :k].equal(before["codes"][:, :k]), f"{where}: an earlier codebook has changed"
 
 
+@pytest.mark.of("decode_stage")
 def test_hidden_tokens_are_drawn_anew(make_magnet):
     before, after = steps_of(make_magnet(), decoding_steps=(4, 1, 1, 1), temperature=10.0, top_p=1.0)[:2]
     changed = (before["codes"] != after["codes"])[:, 0]
@@ -318,6 +323,7 @@ def test_hidden_tokens_are_drawn_anew(make_magnet):
 
 
 @pytest.mark.parametrize("schedule", ["paper", "released"])
+@pytest.mark.of("decode_stage")
 def test_the_model_is_shown_what_training_showed_it(schedule, make_magnet):
     """Earlier codebooks whole, this one where it is not hidden, later ones never, not even those of the audio prompt:
     these the released code shows."""
@@ -332,6 +338,7 @@ def test_the_model_is_shown_what_training_showed_it(schedule, make_magnet):
         assert inputs[:2].equal(wanted), f"stage {step['stage']}, step {step['step']}"
 
 
+@pytest.mark.of("decode_stage")
 def test_confidence_is_the_tempered_probability_before_the_nucleus(make_magnet):
     """Of 3 steps the first is at temperature 2, the second at 1. A token that is not hidden counts in its span as the
     one that is drawn, and discarded, in its place."""
@@ -366,6 +373,7 @@ def test_rescored_is_a_convex_combination_of_the_two_probabilities():
         assert sample.rescored(odds(0.2), torch.tensor([[0.6]]), weight).sigmoid().item() == pytest.approx(p)
 
 
+@pytest.mark.of("decode_stage")
 def test_rescoring_asks_once_per_step_about_the_candidate_with_its_text(make_magnet):
     model, opinion = make_magnet(), Opinion()
     steps = steps_of(model, rescorer=opinion, negative=random_text(model, B=1, L=7, seed=1))
@@ -377,6 +385,7 @@ def test_rescoring_asks_once_per_step_about_the_candidate_with_its_text(make_mag
         assert asked[:, :3].equal(text) and asked_mask.equal(F.pad(mask, (0, 4))), "its text, and no guidance"
 
 
+@pytest.mark.of("rescored", "decode_stage")
 def test_rescoring_keeps_what_the_rescorer_likes_and_changes_only_the_ranking(make_magnet):
     """With weight 1, at rate 0.71, the 4 of 6 spans that it does not like are hidden again."""
     plain, steps = (steps_of(make_magnet(), to_fill(make_magnet(), 18), decoding_steps=(2, 1), rescorer=rescorer,
@@ -386,6 +395,7 @@ def test_rescoring_keeps_what_the_rescorer_likes_and_changes_only_the_ranking(ma
 
 
 @pytest.mark.parametrize("objective", ["magnet", "hybrid"])
+@pytest.mark.of("rescored")
 def test_an_autoregressive_model_can_rescore_and_makes_a_difference(objective, make_magnet):
     model, rescorer = make_magnet(objective=objective), make_magnet(seed=1, objective="ar")
     plain, other = (steps_of(model, rescorer=rescorer, rescorer_weight=w, hybrid_seconds=0.1)[-1] for w in (0.0, 0.9))
@@ -393,6 +403,7 @@ def test_an_autoregressive_model_can_rescore_and_makes_a_difference(objective, m
     assert not plain["codes"].equal(other["codes"])
 
 
+@pytest.mark.of("rescored")
 def test_rescoring_refuses_probabilities_that_are_not_finite(make_magnet):
     rescorer = make_magnet(objective="ar")
     rescorer.heads[0].weight.data[3, 5] = math.nan
@@ -402,6 +413,7 @@ def test_rescoring_refuses_probabilities_that_are_not_finite(make_magnet):
 
 # ----------------------------------------------------------------------------------------------------------- all stages
 
+@pytest.mark.of("decode_stage")
 def test_on_step_sees_every_step_of_every_stage(make_magnet):
     steps = steps_of(make_magnet(), decoding_steps=(3, 2))  # the last number holds for all codebooks that follow
     assert [(step["stage"], step["step"]) for step in steps] == [
@@ -428,6 +440,7 @@ def test_generate_asks_the_model_nothing_where_all_is_given(make_magnet):
 # -------------------------------------------------------------------------------------------- a clip stands by itself
 
 @OBJECTIVES
+@pytest.mark.of("generate")
 def test_a_clip_is_the_same_alone_in_a_batch_in_another_order_and_beside_any_text(objective, make_magnet):
     """Clips 1 to 3 of seed 7; the neighbour's text has 512 tokens, so has the negative prompt beside a short one."""
     model = make_magnet(objective=objective).double()  # so that no token hangs on the last digit of a float32
@@ -467,6 +480,7 @@ def teacher_forced(model, codes, *text):
 
 
 @pytest.mark.parametrize("P", [0, 6])
+@pytest.mark.of("decode_autoregressively")
 def test_greedy_autoregressive_tokens_are_those_of_one_pass_without_a_cache(P, make_magnet):
     """Guidance included: each token of the result is what the whole result's own guided logits ask for."""
     model = make_magnet(objective="ar")
@@ -475,6 +489,7 @@ def test_greedy_autoregressive_tokens_are_those_of_one_pass_without_a_cache(P, m
     assert (uncond + 2 * (cond - uncond)).argmax(dim=-1)[:, :, P:].equal(codes[:, :, P:])
 
 
+@pytest.mark.of("decode_autoregressively")
 def test_autoregressive_decoding_reads_its_prompt_at_once_and_then_one_position_a_step(make_magnet):
     """5 frames are given: positions 0 to 5. The last of 12 + 4 positions is never read."""
     model, lengths = make_magnet(objective="ar"), []
@@ -483,6 +498,7 @@ def test_autoregressive_decoding_reads_its_prompt_at_once_and_then_one_position_
     assert lengths == [6] + [1] * 9 and [step["position"] for step in steps] == list(range(6, 16))
 
 
+@pytest.mark.of("decode_autoregressively")
 def test_autoregressive_decoding_draws_from_the_top_k_at_its_own_temperature(make_magnet):
     """Probabilities 0.5, 0.3, 0.2; at temperature 0.5 the first two are as 0.25 to 0.09. Guidance 1 is none."""
     model = make_magnet(kind=Fixed, objective="ar", n_codebooks=1, card=3)
@@ -494,6 +510,7 @@ def test_autoregressive_decoding_draws_from_the_top_k_at_its_own_temperature(mak
 
 
 @pytest.mark.parametrize("P", [0, 4, 12])
+@pytest.mark.of("decode_autoregressively")
 def test_a_hybrid_writes_its_prompt_from_left_to_right_and_keeps_a_longer_one(P, make_magnet):
     """0.2 s are 10 frames at 50 Hz; codebook k of the prompt is k frames shorter than the first."""
     model = make_magnet(objective="hybrid")
@@ -508,6 +525,7 @@ def test_a_hybrid_writes_its_prompt_from_left_to_right_and_keeps_a_longer_one(P,
 
 @pytest.mark.parametrize("frames", [0, 4])
 @pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.of("decode_stage")
 def test_a_hybrid_fills_in_each_token_at_the_position_before_its_own(stage, frames, make_magnet):
     """The first step of a stage by hand: the prompt is shown whole, the rest as to a MAGNeT, delayed; the logits of
     frame f of codebook k stand at position f + k. Temperature 8 has fallen to 2 or 4 at step 0 of 2 or more."""
@@ -525,6 +543,7 @@ def test_a_hybrid_fills_in_each_token_at_the_position_before_its_own(stage, fram
     torch.testing.assert_close(step["confidence"], probs.amax(dim=-1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.of("generate")
 def test_a_hybrid_counts_the_frames_of_its_codec(make_magnet):
     model, positions = make_magnet(objective="hybrid"), []
     config = SamplingConfig(decoding_steps=(1,), hybrid_seconds=0.2)
@@ -638,6 +657,7 @@ def test_generate_repeats_the_official_code_token_for_token(case, magnet_tiny, g
 
 
 @pytest.mark.parametrize("P, name", [(0, "greedy_cfg3"), (6, "greedy_cfg3_prompt6")])
+@pytest.mark.of("decode_autoregressively")
 def test_generate_repeats_musicgen_token_for_token(P, name, musicgen_tiny, musicgen_golden):
     """Unprompted, and continuing 6 frames; `musicgen_tiny` has text_len = 7, see above."""
     codes = torch.full((2, 4, 20), musicgen_tiny.mask_id)
@@ -648,6 +668,7 @@ def test_generate_repeats_musicgen_token_for_token(P, name, musicgen_tiny, music
 
 
 @pytest.mark.parametrize("name", ["toy", "toy-ar"])
+@pytest.mark.of("generate")
 def test_the_shipped_models_repeat_their_recorded_codes(name):
     """Greedy codes of 40 frames for two captions."""
     recorded = torch.load(DATA / "toy_greedy.pt", weights_only=True)

@@ -100,6 +100,7 @@ def test_attention_adds_its_bias_to_scores_that_are_not_scaled():
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+@pytest.mark.of("T5Encoder")
 def test_layers_of_new_weights_keep_the_scale_without_scaled_scores_and_all_are_trained(kind):
     torch.manual_seed(0)
     encoder, outputs = T5Encoder(replace(NETWORK, feed_forward_proj=kind)), []

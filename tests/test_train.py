@@ -468,6 +468,26 @@ def test_train_learns_a_few_clips_by_heart(train_tiny, tmp_path):
     assert sum(curve[-20:]) / 20 < 0.5 * sum(curve[:5]) / 5
 
 
+@pytest.mark.of("hybrid_cross_entropy")
+def test_a_hybrid_that_learned_two_clips_by_heart_plays_them_in_every_way(generator, make_magnet):
+    """From left to right, in parallel, and first the one, then the other: the loss and the decoding fit each other."""
+    codes = torch.randint(16, (2, 2, 10), generator=generator)
+    clips = Clips(codes, torch.tensor([10, 10]), list(torch.randn(2, 3, 8, generator=generator)), torch.arange(2))
+    model, config = make_magnet(objective="hybrid", n_codebooks=2, dim=64), TrainConfig(
+        objective="hybrid", batch_size=16, condition_dropout=0.0, stage_weights=(1.0,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(250):
+        batch = draw_batch(clips, config, 2, generator)
+        optimizer.zero_grad()
+        (hybrid_cross_entropy(model, **batch) / batch["loss_mask"].sum()).backward()
+        optimizer.step()
+    batch = clips.batch(torch.arange(2))
+    for seconds in (0.0, 0.06, 0.12):
+        config = SamplingConfig((8, 4), greedy=True, guidance_start=1, ar_guidance=1, hybrid_seconds=seconds)
+        played = generate(model, batch["text"], batch["text_mask"], torch.full_like(codes, MASK), config)
+        assert played.equal(codes), f"with {seconds} s from left to right {(played != codes).sum()} of 40 tokens differ"
+
+
 def test_train_init_from_takes_the_averaged_weights_and_nothing_else(train_tiny, tiny_run, tmp_path):
     state = read_state(train_tiny(tmp_path / "run", f"--init-from {tiny_run} --steps 1 --lr 1e-9 --seed 5"))
     assert state["step"] == 1 and all(entry["step"] == 1 for entry in state["optimizer"]["state"].values())

@@ -1,0 +1,124 @@
+"""One decode as a page for the browser: every step as a picture and as a sound, in one file that needs no network.
+
+    python -m study watch "a slow deep flute" --out decode.html      # the flags are those of sample.py
+"""
+
+import base64
+import io
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import soundfile
+
+import sample
+from encodec_wrap import load_codec
+from model import load_model
+from study import ROOT
+from support.cli import Parser, add_flags, from_flags, pick_device, pick_dtype, say
+from support.files import whole_file
+from support.request import Request, known_codes
+from t5_encoder import T5Encoder
+
+SOUND_BYTES = 2_700_000  # of all sounds together, before they are written as text, which takes a third more
+
+
+def record(model, text, text_mask, codes, config, **more):
+    """Decode the clip `codes` (1, K, T) -> what `on_step` saw, a list of dictionaries."""
+    steps = []
+    sample.generate(model, text, text_mask, codes, config, on_step=lambda **step: steps.append(step), **more)
+    return steps
+
+
+def told(step, config, K, T):
+    """A step as the page wants it: numbers for the curves, who is hidden and how sure, of the one clip."""
+    if "position" in step:  # from left to right: codebook k of frame f is written at position f + k + 1
+        written = min(step["position"], T + K)
+        return {"position": step["position"], "rate": 1 - written / (T + K), "temperature": config.ar_temperature,
+                "guidance": config.ar_guidance}
+    stage, number = step["stage"], step["step"]
+    steps = config.decoding_steps[min(stage, len(config.decoding_steps) - 1)]
+    rate = sample.mask_rate(number, steps, config.schedule)
+    return {"stage": stage, "step": number, "steps": steps, "rate": rate,
+            "temperature": sample.annealed_temperature(number, steps, config.temperature),
+            "guidance": sample.guidance_scale(rate, config.guidance_start, config.guidance_end),
+            "hidden": "".join("x" if x else "." for x in step["hidden"][0].tolist()),
+            "confidence": base64.b64encode(bytes((step["confidence"][0] * 255).round().int().tolist())).decode()}
+
+
+def candidate(step, K):
+    """The codes of a step that can be heard: (1, codebooks, frames), without a mask token; or None."""
+    if "position" not in step:
+        return step["codes"][:, :step["stage"] + 1]  # later codebooks are still hidden
+    n_frames = step["position"] - K + 1  # of which all codebooks are written
+    return step["codes"][:, :, :n_frames] if n_frames > 0 else None
+
+
+def ogg(wav, sample_rate):
+    """Audio (S,) -> the bytes of an OGG Vorbis file."""
+    file, samples = io.BytesIO(), (wav / wav.abs().max().clamp(min=1)).cpu().numpy()
+    with soundfile.SoundFile(file, "w", sample_rate, 1, format="OGG", subtype="VORBIS", compression_level=0.7) as out:
+        for start in range(0, len(samples), 65_536):
+            out.write(samples[start:start + 65_536])
+    return file.getvalue()
+
+
+def sounds(steps, codec, K):
+    """{step: its sound}, and for each step the number of the one whose sound stands for it: all of them, or as many of
+    them, evenly spaced back from the last, as fit."""
+    heard, wanted = {}, [i for i, step in enumerate(steps) if candidate(step, K) is not None]
+    if "position" in steps[-1]:
+        wanted = wanted[::-1][::math.ceil(len(wanted) / 60)][::-1]  # from left to right there are many alike
+    for i in wanted:
+        heard[i] = ogg(codec.decode(candidate(steps[i], K).clamp(max=codec.codebook_size - 1))[0, 0], codec.sample_rate)
+    while sum(map(len, heard.values())) > SOUND_BYTES:
+        heard = {i: heard[i] for i in [*heard][::-1][::2][::-1]}
+    stands = [max((i for i in heard if i <= number), default=None) for number in range(len(steps))]
+    return {i: "data:audio/ogg;base64," + base64.b64encode(data).decode() for i, data in heard.items()}, stands
+
+
+def page(steps, config, codec, codes, prompt, title, mask_id):
+    """The whole page as text."""
+    K, T = codes.shape[1:]
+    audio, stands = sounds(steps, codec, K)
+    differs = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    data = {"prompt": prompt, "title": title, "settings": differs, "K": K, "T": T, "frame_rate": codec.frame_rate,
+            "given": "".join("x" if x else "." for x in (codes[0, 0] != mask_id).tolist()),
+            "steps": [told(step, config, K, T) for step in steps], "audio": audio, "stands": stands}
+    template = (ROOT / "study" / "watch.html").read_text(encoding="utf-8")
+    return template.replace("/*DATA*/", json.dumps(data).replace("</", "<\\/"))
+
+
+def watch(arguments):
+    """The command: decode one prompt and write its page."""
+    parser = Parser(prog="python -m study watch", description="One decode as a page for the browser.")
+    parser.add_argument("prompt", help='what to play; "" for no condition')
+    add_flags(parser, Request)
+    add_flags(parser, sample.SamplingConfig)
+    args = parser.parse_args(arguments)
+    request, out = from_flags(args, Request()), Path(getattr(args, "out", "decode.html"))
+    from_flags(args, sample.SamplingConfig())  # faults are told before all loading
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out}: the page's name must end in .html")
+    device = pick_device(request.device)
+    model, companions = load_model(request.model, device, pick_dtype(request.dtype, device))
+    config = from_flags(args, sample.SamplingConfig(**companions.sampling))
+    codec = load_codec(request.codec or companions.codec, model.config.n_codebooks, device)
+    encoder = T5Encoder.from_pretrained(request.text_encoder or companions.text_encoder)
+    companions.check(codec, encoder)
+    rescorer = None if request.rescorer is None else load_model(request.rescorer, device)[0]
+    codes, _ = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
+    if codes.shape[2] > math.ceil(model.config.seconds * codec.frame_rate):
+        raise ValueError(f"watch shows one window: at most {model.config.seconds:g} s with this model")
+    sample.check_arguments(model, None, codes, config, rescorer)
+    text, text_mask = encoder.encode_text([args.prompt])
+    negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
+    steps = record(model, text, text_mask, codes, config, streams=sample.clip_streams(request.seed, [1]),
+                   negative=negative, rescorer=rescorer, frame_rate=codec.frame_rate)
+    if not steps:
+        raise ValueError("nothing is left to decode: all frames are given")
+    written = page(steps, config, codec, codes, args.prompt, f"{request.model}, seed {request.seed}", model.mask_id)
+    with whole_file(out) as temporary:
+        Path(temporary).write_text(written, encoding="utf-8")
+    say(f"wrote {out}  {args.prompt}  ({len(steps)} steps, {len(written) / 1e6:.1f} MB; open it in a browser)")

@@ -479,12 +479,12 @@ def test_a_hybrid_that_learned_two_clips_by_heart_plays_them_in_every_way(genera
     for _ in range(250):
         batch = draw_batch(clips, config, 2, generator)
         optimizer.zero_grad()
-        (hybrid_cross_entropy(model, **batch) / batch["loss_mask"].sum()).backward()
+        (LOSSES["hybrid"](model, **batch) / batch["loss_mask"].sum()).backward()
         optimizer.step()
     batch = clips.batch(torch.arange(2))
     for seconds in (0.0, 0.06, 0.12):
-        config = SamplingConfig((8, 4), greedy=True, guidance_start=1, ar_guidance=1, hybrid_seconds=seconds)
-        played = generate(model, batch["text"], batch["text_mask"], torch.full_like(codes, MASK), config)
+        config = sample.SamplingConfig((8, 4), greedy=True, guidance_start=1, ar_guidance=1, hybrid_seconds=seconds)
+        played = sample.generate(model, batch["text"], batch["text_mask"], torch.full_like(codes, MASK), config)
         assert played.equal(codes), f"with {seconds} s from left to right {(played != codes).sum()} of 40 tokens differ"
 
 

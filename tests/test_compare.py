@@ -9,7 +9,7 @@ import torch
 from encodec_wrap import load_codec
 from experiments import compare
 from experiments.ablations import read_rows
-from experiments.compare import PROMPTS, SPLITS, WEIGHTS, crossings, paired_difference, quality_cells
+from experiments.compare import PROMPTS, SPLITS, WEIGHTS, crossings, paired_difference
 from sample import SamplingConfig
 from support.files import fingerprint, save_whole
 from t5_encoder import T5Encoder
@@ -42,12 +42,6 @@ def tiny_models(tmp_path, make_magnet):
                    tmp_path / f"{kind}.pt")
         flags += [f"--{kind}", str(tmp_path / f"{kind}.pt")]
     return " ".join(flags)
-
-
-def test_quality_cells_are_all_that_the_models_allow():
-    assert len({cell[:2] for cell in quality_cells(MODELS)}) == len(quality_cells(MODELS)) == 6 + 3
-    assert {model for _, _, model, _, _ in quality_cells({"magnet": "m"})} == {"m"}
-    assert all(weight == 0 for *_, weight in quality_cells({"magnet": "m", "hybrid": "h"})), "nothing to rescore with"
 
 
 def test_quality_plays_and_judges_every_cell_once_and_is_drawn(call, tiny_models, monkeypatch):

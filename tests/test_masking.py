@@ -58,11 +58,6 @@ def test_expected_mask_rate_does_not_overflow_for_long_clips():
     assert rates[[0, 1, 1500]].tolist() == pytest.approx([0, 3 / 1500, 1])
 
 
-def test_expected_mask_rate_is_what_random_masks_hide_on_average(generator):
-    hidden = span_mask(torch.full((2000,), 25), 150, 3, generator).float().mean().item()
-    assert hidden == pytest.approx(expected_mask_rate(25, 150, 3).item(), abs=0.01)
-
-
 # -------------------------------------------------------------------------------------------------- spans_for_mask_rate
 
 def test_spans_for_mask_rate_takes_the_nearest_rate_and_at_least_one_span():

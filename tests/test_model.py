@@ -97,22 +97,6 @@ def test_text_attention_mask_shows_a_clip_its_own_tokens_and_padding_up_to_text_
     assert text_attention_mask(tokens, 5) is None, "every clip attends to everything: no mask, the faster kernel"
 
 
-@pytest.mark.parametrize("text_len", [0, 32])
-def test_a_clips_logits_do_not_depend_on_its_neighbours(text_len, make_magnet):
-    """Alone, first or last of two, beside a text of 512 tokens. Measured: they differ by at most 1.2e-6; those of
-    `magnet_tiny`, whose logits are up to 14, by 9e-6; those of the shipped model not at all."""
-    model = make_magnet(text_len=text_len)
-    (text, mask), (long, full) = random_text(model, 1), random_text(model, 1, 512, seed=1)
-    codes = random_codes(model, B=1)
-    alone, padding = model(codes, 0, text, mask), 512 - text.shape[1]
-    texts, masks = [F.pad(text, (0, 0, 0, padding)), long], [F.pad(mask, (0, padding)), full]
-    for place in (0, 1):
-        both = model(codes.repeat(2, 1, 1), 0, torch.cat(texts), torch.cat(masks))
-        assert (both[place] - alone[0]).abs().max() < 1e-5, f"as number {place} of 2 it is other music"
-        texts.reverse(), masks.reverse()
-    assert (both[0] - both[1]).abs().max() > 1e-2, "the two texts should make a difference"
-
-
 @pytest.mark.parametrize("text_len", [0, 9])
 def test_the_null_condition_is_all_zero_whatever_the_text_and_the_projections_bias(text_len, make_magnet):
     """A row without a token adds exactly nothing to the residual stream: neither the empty caption's embedding, nor
@@ -195,17 +179,6 @@ def test_a_block_adds_to_the_residual_stream_which_is_never_normalised_itself(ma
         "norm1.bias", "norm_cross.bias", "norm2.bias"]
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_hidden_and_later_tokens_cannot_leak_and_shown_ones_count(stage, make_magnet):
-    model, hidden = make_magnet(), (torch.arange(20) % 3 == 0).expand(2, -1)
-    codes, other = random_codes(model, seed=0), random_codes(model, seed=1)
-    codes_and_other = mask_codes(torch.ones_like(codes), stage, hidden, 0) == 0  # hidden, or of a later codebook
-    changed = torch.where(codes_and_other, other, codes)
-    before, after = (model(mask_codes(x, stage, hidden, 16), stage) for x in (codes, changed))
-    assert before.equal(after), "a token that the model must predict changes its logits"
-    assert not model(mask_codes(other, stage, hidden, 16), stage).equal(before), "what is shown changes nothing"
-
-
 # ----------------------------------------------------------------------------------------------- the cache, score_codes
 
 @pytest.mark.parametrize("parts", [[1] * 12, [7, 1, 4], [12]], ids=str)
@@ -245,14 +218,6 @@ def test_score_codes_of_codebook_1_knows_what_the_delay_has_written_before(make_
 
 
 # ------------------------------------------------------------------------------------------------ what it must survive
-
-def test_forward_gives_logits_for_any_batch_codebooks_and_length(make_magnet):
-    for B, K, T in ((1, 1, 1), (1, 4, 2), (3, 2, 43)):
-        model = make_magnet(n_codebooks=K)
-        for stage in range(K):
-            logits = model(random_codes(model, T, B), stage, *random_text(model, B))
-            assert logits.shape == (B, T, 16) and logits.isfinite().all(), (B, K, T)
-
 
 @pytest.mark.parametrize("K, stage, L_dim, words", [(3, 0, 8, "codes of 3 codebooks"), (4, 4, 8, "at stage 4"),
                                                     (4, 0, 9, "9 wide; this model wants 8")])
@@ -345,16 +310,13 @@ def test_load_model_finds_codec_and_text_encoder_that_lie_beside_it(tmp_path):
 def test_load_model_fetches_a_published_model(local_hub):
     folder = local_hub.folder / "facebook/magnet-small-10secs"
     folder.mkdir(parents=True)
+    with pytest.raises(ConnectionError, match="magnet-small-10secs/resolve/main/state_dict.bin") as error:
+        load_model("facebook/magnet-small-10secs")
+    assert "\n" not in str(error.value), "one line names what is missing"
     shutil.copy(DATA / "magnet_tiny_state_dict.bin", folder / "state_dict.bin")
     (folder / "compression_state_dict.bin").touch()
     model, companions = load_model("facebook/magnet-small-10secs")
     assert model.config.card == 64 and Path(companions.codec).is_file()
-
-
-def test_load_model_offline_names_what_is_missing(offline):
-    with pytest.raises(ConnectionError, match="magnet-small-10secs/resolve/main/state_dict.bin") as error:
-        load_model("facebook/magnet-small-10secs")
-    assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="unknown model 'my-model': want a training run.*toy, .*musicgen-large"):
         load_model("my-model")
 
@@ -377,18 +339,12 @@ HEAD, CROSS = "linears.3.weight", "transformer.layers.0.cross_attention.in_proj_
 BAD_FILES = {  # name: (content, what the message says)
     "a tensor too few": (with_tensor(HEAD, lambda x: None), "tensor heads.3.weight is missing"),
     "no text attention": (with_tensor(CROSS, lambda x: None), "tensor blocks.0.cross_attn.kv.weight is missing"),
-    "a tensor too many": (with_tensor("linears.4.weight", lambda x: torch.zeros(1)), "heads.4.weight is unexpected"),
     "a tensor transposed": (with_tensor("transformer.layers.1.linear1.weight", lambda x: x.T),
                             r"blocks.1.linear1.weight has shape \(64, 256\), want \(256, 64\)"),
-    "not a number": (with_tensor(HEAD, lambda x: x * torch.nan), "heads.3.weight holds numbers that are not finite"),
     "a setting too few": (with_settings("subcodes_context", "other"), "it lacks 'transformer_lm.subcodes_context'"),
     "another activation": (with_settings("activation: gelu", "activation: relu"), "another activation is not support"),
     "other delays": (with_settings("[0, 1, 2, 3]", "[0, 0, 1, 1]", "musicgen_tiny_state_dict.bin"), "not delayed by"),
-    "heads that do not share the width": (with_settings("num_heads: 4", "num_heads: 5"), "dim must be even"),
     "a text encoder": (lambda: read("t5_tiny_pytorch_model.bin"), "it lacks 'model_config'"),
-    "a list": (lambda: [1, 2], "it holds a list"),
-    "weights that are none": (lambda: {"model_config": {}, "ema": {"a": 3}, "codec": "", "text_encoder": ""},
-                              "not plain tensors"),
     "a config of another version": (lambda: {"model_config": {"n_experts": 8}, "ema": {}}, "'n_experts'"),
     "code": (lambda: {"best_state": RunsCode(), "xp.cfg": ""}, "cannot be read"),
 }

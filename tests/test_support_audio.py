@@ -84,11 +84,10 @@ def test_read_blocks_gives_the_whole_file_piece_by_piece(tmp_path, rate):
 
 
 def test_load_audio_reads_no_more_than_the_seconds_asked_for(tmp_path):
-    soundfile.write(tmp_path / "long.wav", noise(20), 44_100)
     path = tmp_path / "long.wav"
-    whole = load_audio(path, RATE)
+    soundfile.write(path, noise(20), 44_100)
+    whole, content = load_audio(path, RATE), path.read_bytes()
     assert audio_seconds(path) == len(noise(20)) / 44_100
-    content = path.read_bytes()
     path.write_bytes(content[:len(content) // 2] + b"\xff" * (len(content) // 2))  # what is behind is not looked at
     assert torch.equal(load_audio(path, RATE, max_seconds=1), whole[:, :RATE])
 
@@ -104,13 +103,10 @@ def flac_of_length(path, frames):
     path.write_bytes(content)
 
 
-def test_load_audio_reads_a_flac_of_unknown_length_to_its_end(tmp_path):
+def test_load_audio_reads_a_flac_of_unknown_length_or_one_that_claims_days_to_its_end(tmp_path):
     flac_of_length(tmp_path / "pipe.flac", 0)
     np.testing.assert_allclose(load_audio(tmp_path / "pipe.flac", RATE)[0], noise(20), atol=1e-4)
     assert audio_seconds(tmp_path / "pipe.flac") == math.inf
-
-
-def test_load_audio_reads_a_flac_that_claims_days_and_says_that_it_ends_early(tmp_path):
     flac_of_length(tmp_path / "days.flac", 2**32)
     with pytest.warns(UserWarning, match="days.flac: ends after 20 s; its header says 268435"):
         assert load_audio(tmp_path / "days.flac", RATE).shape == (1, 20 * RATE)
@@ -140,12 +136,10 @@ def test_load_audio_says_where_it_reads_the_first_of_several_recordings_only(tmp
 @pytest.mark.parametrize("make", {
     "missing": lambda path: None, "a folder": Path.mkdir, "a pipe": os.mkfifo,
     "a device": lambda path: path.symlink_to("/dev/zero"), "zero bytes": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("la la la"), "bytes": lambda path: path.write_bytes(bytes(range(256))),
-    "no samples": lambda path: soundfile.write(path, np.zeros(0), RATE),
+    "text": lambda path: path.write_text("la la la"), "no samples": lambda path: soundfile.write(path, [], RATE),
     "one sample at a high rate": lambda path: soundfile.write(path, np.zeros(1), 96_000),
     "a rate of 8 Hz": lambda path: soundfile.write(path, tone(1), 8),
-    "not a number": lambda path: soundfile.write(path, [0.1, math.nan], RATE, "FLOAT"),
-    "infinity": lambda path: soundfile.write(path, [0.1, math.inf], RATE, "FLOAT")}.items(), ids=lambda item: item[0])
+    "not a number": lambda path: soundfile.write(path, [0.1, math.nan], RATE, "FLOAT")}.items(), ids=lambda x: x[0])
 def test_load_audio_names_a_file_that_cannot_be_used(tmp_path, make):
     make[1](tmp_path / "song.wav")
     with pytest.raises(ValueError, match="song.wav: "):
@@ -194,16 +188,5 @@ def test_save_audio_writes_minutes_of_ogg(tmp_path):
     assert audio_seconds(tmp_path / "long.ogg") == 120
 
 
-@pytest.mark.parametrize("name", ["out", "out.mp4", "out.txt", "wav"])
-def test_check_audio_path_refuses_a_name_that_says_no_known_format(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name}.*wav, .flac or .ogg"):
-        check_audio_path(tmp_path / name)
-
-
-def test_check_audio_path_refuses_what_could_not_be_written_later(tmp_path):
-    (tmp_path / "folder.wav").mkdir()
-    with pytest.raises(OSError, match="folder.wav: is a folder"):
-        check_audio_path(tmp_path / "folder.wav")
-    with pytest.raises(OSError, match="out.wav: cannot be written to /proc"):  # where nobody can
-        check_audio_path("/proc/new/out.wav")
-    assert check_audio_path(tmp_path / "new" / "out.ogg") == "OGG" and os.listdir(tmp_path) == ["folder.wav"]
+def test_check_audio_path_gives_the_format_and_makes_nothing(tmp_path):
+    assert check_audio_path(tmp_path / "new" / "out.ogg") == "OGG" and os.listdir(tmp_path) == []

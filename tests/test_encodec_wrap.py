@@ -48,11 +48,6 @@ def codes(codec, clips):
     return codec.encode(clips)
 
 
-@pytest.fixture(scope="module")
-def decoded(codec, codes):
-    return codec.decode(codes)
-
-
 # ---------------------------------------------------------------------------------------------------- encode and decode
 
 def test_encode_gives_a_frame_for_every_begun_hop_and_decode_whole_hops(codec, clips):
@@ -70,18 +65,13 @@ def test_a_codec_sees_beyond_the_edges_what_its_pad_mode_says():
         assert ((latents - latents[..., 50:51]).abs().max() < 1e-5) == alike, pad_mode
 
 
-def test_encode_and_decode_of_a_batch_are_those_of_its_clips(codec, clips, codes, decoded):
-    alone = codec.encode(clips[1:2])
-    assert (codes[1:2] == alone).float().mean() > 0.999, "but for rounding in a near tie"
-    torch.testing.assert_close(decoded[1:2], codec.decode(codes[1:2]), atol=1e-4, rtol=1e-3)
-
-
-def test_decode_of_encode_is_close_to_the_clip_and_closer_with_more_codebooks(codec, clips, codes, decoded):
+def test_decode_of_encode_is_close_to_the_clip_and_closer_with_more_codebooks(codec, clips, codes):
     def distance(wav):
         """Mean L1 distance between log-mel spectrograms."""
         a, b = (log_mel(mel_spectrogram(x[:, 0], 16_000)) for x in (wav, clips))
         return (a - b).abs().mean().item()
 
+    decoded = codec.decode(codes)
     assert distance(decoded) < 0.5 * distance(torch.zeros_like(clips)), "silence is farther"
     assert distance(decoded) < 0.5 * distance(decoded.roll(1, dims=0)), "so is another clip"
     assert distance(decoded) < distance(codec.decode(codes[:, :1])), "so is what one codebook holds"
@@ -263,12 +253,6 @@ def test_load_codec_names_file_and_field_of_settings_that_are_wrong(lay, change,
     folder = {"A": lay_audiocraft, "H": lay_hugging_face}[lay](tmp_path, **change)
     with pytest.raises(ValueError, match=rf"(compression_state_dict\.bin|config\.json|pytorch_model\.bin): .*{words}"):
         load_codec(folder)
-
-
-def test_load_codec_names_what_it_does_not_know(tmp_path):
-    for name in ("no_such_codec", tmp_path):
-        with pytest.raises(ValueError, match=f"codec '{name}' is unknown: want toy, encodec_24khz"):
-            load_codec(name)
 
 
 # ----------------------------------------------------------------------------------------------- importing the package

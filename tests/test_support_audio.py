@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import soxr
 import torch
+from conftest import full_disk
 
 from support.audio import audio_seconds, check_audio_path, load_audio, read_blocks, save_audio
 
@@ -166,7 +167,7 @@ def test_save_audio_turns_a_loud_file_down_as_a_whole_and_leaves_a_quiet_one_alo
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
-def test_save_audio_on_a_full_disk_keeps_the_old_file_and_no_other(tmp_path, suffix, full_disk):
+def test_save_audio_on_a_full_disk_keeps_the_old_file_and_no_other(tmp_path, suffix):
     path, whole = tmp_path / f"out.{suffix}", tmp_path / f"whole.{suffix}"
     save_audio(whole, noise(20), RATE)
     path.write_text("old")

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from conftest import full_disk
 from safetensors.torch import save_file
 from torch import nn
 
@@ -46,7 +47,7 @@ def test_whole_file_removes_what_killed_processes_left_behind_but_nothing_fresh_
     assert not old.exists() and fresh.exists() and other.exists()
 
 
-def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path, full_disk):
+def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_whole({"a": 1}, path)
     with pytest.raises(OSError, match="checkpoint.pt: could not be written, what was there is kept"), full_disk(50_000):

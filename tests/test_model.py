@@ -23,6 +23,7 @@ from support.files import Companions
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_weighs_values_by_the_softmax_of_scaled_products(dtype):
     """q k / sqrt(D) is ln 3 for the first key and 0 for the second (D = 4): weights 3/4 and 1/4. In half precision, and

@@ -41,8 +41,6 @@ def pitch(wav):
     return np.abs(np.fft.rfft(np.asarray(wav))).argmax() * RATE / len(wav)
 
 
-# ----------------------------------------------------------------------------------------------------- load_audio reads
-
 @pytest.mark.parametrize("suffix, subtype, error", [
     ("wav", "PCM_U8", 0.01), ("wav", "PCM_24", 1e-6), ("flac", "PCM_16", 1e-4), ("ogg", "VORBIS", 0.05),
     ("aiff", "PCM_16", 1e-4), ("au", "PCM_16", 1e-4), ("w64", "PCM_16", 1e-4), ("caf", "PCM_16", 1e-4)])
@@ -72,8 +70,6 @@ def test_load_audio_lets_nothing_above_the_new_nyquist_frequency_fold_back(tmp_p
     assert load_audio(tmp_path / "tone.wav", RATE)[0, 1000:-1000].abs().max() < 0.01
 
 
-# ---------------------------------------------------------------------------------------------- of long files in blocks
-
 @pytest.mark.parametrize("rate", [RATE, 44_100])
 def test_read_blocks_gives_the_whole_file_piece_by_piece(tmp_path, rate):
     soundfile.write(tmp_path / "long.flac", noise(20), rate)
@@ -92,8 +88,6 @@ def test_load_audio_reads_no_more_than_the_seconds_asked_for(tmp_path):
     path.write_bytes(content[:len(content) // 2] + b"\xff" * (len(content) // 2))  # what is behind is not looked at
     assert torch.equal(load_audio(path, RATE, max_seconds=1), whole[:, :RATE])
 
-
-# ------------------------------------------------------------------------------------------------------ of damaged ones
 
 def flac_of_length(path, frames):
     """A FLAC of 20 s whose header says that it holds `frames`; 0 is what is written to a pipe: not known."""
@@ -146,8 +140,6 @@ def test_load_audio_names_a_file_that_cannot_be_used(tmp_path, make):
     with pytest.raises(ValueError, match="song.wav: "):
         load_audio(tmp_path / "song.wav", RATE)
 
-
-# ----------------------------------------------------------------------------------------------------------- save_audio
 
 @pytest.mark.parametrize("suffix, error", [("wav", 1e-4), ("WAV", 1e-4), ("flac", 1e-4), ("ogg", 0.05)])
 def test_save_audio_writes_what_load_audio_reads_back(tmp_path, suffix, error):

@@ -42,8 +42,6 @@ class Example(Config):
     begin: float = option(None, "nothing or a number", low=0, flag="--from")
 
 
-# --------------------------------------------------------------------------------------------------------------- Config
-
 @pytest.mark.parametrize("field, value, wanted", [
     ("whole", 0, "whole number at least 1 and at most 9, not 0"), ("whole", 10, "at most 9"), ("whole", 2.0, "whole"),
     ("whole", True, "whole number"), ("whole", "3", "whole number"), ("whole", None, "whole number"),
@@ -71,8 +69,6 @@ def test_config_classes_explain_every_field_and_bound_every_number(config_class)
             with pytest.raises(ValueError, match=f"^{field.name} must be"):
                 config_class(**{field.name: (math.nan,) if many else math.nan})
 
-
-# ---------------------------------------------------------------------------------------------------------------- flags
 
 def parse(config, *arguments):
     parser = Parser()
@@ -108,8 +104,6 @@ def test_help_explains_the_flag_of_every_field(module, classes, call):
         assert field.metadata["help"].split()[0] in text
 
 
-# -------------------------------------------------------------------------------------------------------------- devices
-
 def test_pick_device_prefers_cuda_then_mps_then_the_cpu(monkeypatch):
     have = {"cuda": True, "mps": True}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: have["cuda"])
@@ -133,8 +127,6 @@ def test_pick_dtype_takes_what_is_asked_and_on_a_cpu_bfloat16_only_where_it_is_f
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast, raising=False)
         assert pick_dtype("auto", cpu) == dtype
 
-
-# --------------------------------------------------------------------------------------------------- how a command ends
 
 def test_run_ends_a_stop_with_the_code_of_its_signal_and_hides_no_bug(capsys):
     handler = signal.getsignal(signal.SIGTERM)

@@ -1,7 +1,7 @@
 """What data sets and their caches promise: all that is found is used or listed; everything is encoded once.
 
-Read in this order: the sources (what is read, what is skipped, that it adds up), cutting, the cache, the files that are
-held out, batches. Most tests write a few small WAVs and read them through the toy codec and the toy text encoder.
+In this order: what is read and skipped, cutting, the cache, files that are held out, batches. Most tests write a few
+small WAVs and read them through the toy codec and the toy text encoder.
 """
 
 import json
@@ -80,8 +80,6 @@ def captions_of(clips, encoder, *captions):
     texts = [clips.text[i] for i in clips.caption]
     return [next(c for c, e in known.items() if e.shape == t.shape and torch.allclose(e, t, atol=1e-2)) for t in texts]
 
-
-# -------------------------------------------------------------------------------------------------------------- sources
 
 def test_load_data_reads_a_folder_of_any_audio_with_its_sub_folders_and_both_kinds_of_captions(load, encoder, music):
     write_tone(music / "a.wav", "a slow flute\n")
@@ -205,8 +203,6 @@ def test_load_data_names_a_data_set_that_cannot_be_used(load, music):
             load(music / name)
 
 
-# -------------------------------------------------------------------------------------------------------------- cutting
-
 def test_cut_clips_keeps_all_in_order_but_a_small_rest():
     for samples, kept in ((1, [1]), (100, [100]), (109, [100]), (110, [100, 10]), (205, [100, 100]),
                           (299, [100, 100, 99])):
@@ -239,8 +235,6 @@ def test_encode_audio_reads_a_long_recording_no_further_than_it_encodes(codec, m
         list(encode_audio({"0": entry}, codec, RATE, "cpu", {}, ["0"]))
     assert len(read) <= 2 * data.BATCH + 1
 
-
-# ------------------------------------------------------------------------------------------------------------ the cache
 
 @pytest.fixture
 def three_files(music):
@@ -330,8 +324,6 @@ def test_fill_cache_of_two_processes_keeps_the_entries_of_both(tmp_path):
     assert set(data.store(tmp_path / "cache.pt", {})) == {f"{name}-{i}" for name in "ab" for i in range(12)}
 
 
-# ------------------------------------------------------------------------------------------------------------ splitting
-
 def test_load_data_holds_out_whole_files_always_the_same_whatever_is_beside_them(load, music):
     def write(numbers):
         for i in numbers:
@@ -358,8 +350,6 @@ def test_load_data_validates_a_small_data_set_on_itself_and_says_so(load, three_
         assert len(train.codes) == 3 and torch.equal(train.codes, valid.codes)
         assert "validating on the training clips" in capsys.readouterr().out
 
-
-# -------------------------------------------------------------------------------------------------------------- batches
 
 @pytest.fixture
 def clips():

@@ -17,7 +17,6 @@ from torch import nn
 
 from support.files import STALE, Companions, fingerprint, load_strictly, read_checkpoint, save_whole, whole_file
 
-# -------------------------------------------------------------------------------------------------------------- writing
 
 def test_whole_file_takes_its_name_at_the_end_only(tmp_path):
     path = tmp_path / "new" / "file.txt"
@@ -54,8 +53,6 @@ def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path)
         save_whole({"a": torch.zeros(100_000)}, path)
     assert read_checkpoint(path) == {"a": 1} and os.listdir(tmp_path) == ["checkpoint.pt"]
 
-
-# -------------------------------------------------------------------------------------------------------------- reading
 
 @pytest.fixture
 def weights():
@@ -107,8 +104,6 @@ def test_read_checkpoint_reads_safetensors_and_the_shards_of_an_index_too(weight
     content = read_checkpoint(index)
     assert content.keys() == weights.keys() and all(content[name].equal(weights[name]) for name in weights)
 
-
-# --------------------------------------------------------------------------------------------------- weights of a model
 
 BAD = {  # what is done to the weight: what the message says
     "bias is missing": (lambda w: {"bias": ...}, "tensor bias is missing"),

@@ -17,7 +17,6 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-import support.cli
 from support.cli import Config, option
 from support.files import read_checkpoint
 from support.hub import WEIGHTS, fetch, fetch_url, make_config, read_yaml
@@ -31,8 +30,6 @@ def put(folder, **files):
     for name, content in files.items():
         (folder / name.replace("__", ".")).write_bytes(content)
 
-
-# ------------------------------------------------------------------------------------------------------------- fetching
 
 def test_fetch_downloads_each_file_once_into_one_folder(local_hub):
     put(local_hub.folder / NAME, config__json=b"{}", spiece__model=bytes(range(256)) * 2000)
@@ -111,11 +108,10 @@ def test_fetch_names_a_file_and_a_repository_that_the_hub_has_not_and_asks_no_on
 def test_fetch_obeys_the_environment_variables_of_the_library(local_hub, tmp_path):
     put(local_hub.folder / NAME, config__json=b"{}")
     code = f"from support.hub import fetch; print(fetch({NAME!r}, 'config.json'))"
-    env = {"HF_ENDPOINT": local_hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret",
-           "PYTHONPATH": str(Path(support.cli.__file__).parent.parent)}
+    env = {"HF_ENDPOINT": local_hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    ended = subprocess.run([sys.executable, "-c", code], env=kept | env, capture_output=True, text=True, check=True)
-    assert (Path(ended.stdout.strip()) / "config.json").read_bytes() == b"{}"
+    ended = subprocess.run([sys.executable, "-c", code], env=kept | env, cwd=Path(__file__).parents[1],
+                           capture_output=True, text=True, check=True)
     assert ended.stdout.startswith(str(tmp_path / "home" / "hub")) and local_hub.token == "Bearer hf_secret"
 
 
@@ -128,8 +124,6 @@ def test_fetch_url_checks_the_hash_and_keeps_the_file(local_hub):
         assert fetch_url(url, "2cf24dba").read_bytes() == b"hello"
     assert len(local_hub.served) == 2
 
-
-# ------------------------------------------------------------------------------------------------------------- settings
 
 YAML = """\
 dim: 1

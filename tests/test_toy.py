@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from encodec_wrap import Codec, CodecConfig, load_codec
+from encodec_wrap import load_codec
 from model import load_model
 from support.files import save_whole
 from t5_encoder import T5Encoder
@@ -23,7 +23,6 @@ from toy.judge import cross_check, load_judge
 from toy.mel import log_mel, mel_spectrogram
 from toy.signals import pitch
 from toy.train_codec import main as train_codec
-from toy.train_codec import revive_dead_codes
 from toy.train_text import draw_caption
 from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, WORDS, caption, combinations, describe, render
 
@@ -39,8 +38,6 @@ def strongest_partial(wav):
     spectrum = np.abs(np.fft.rfft(wav * np.hanning(len(wav)), 2**17))
     return spectrum.argmax() * SAMPLE_RATE / 2**17
 
-
-# ----------------------------------------------------------------------------------------------------------- which clip
 
 def test_example_is_the_same_clip_for_the_same_three_numbers_only():
     wav, text, attributes = world.example(5, "unseen", seed=3)
@@ -61,8 +58,6 @@ def test_combinations_hold_every_combination_once_and_only_the_named_pairs_are_u
     with pytest.raises(ValueError, match="train, valid, unseen.*'test'"):
         combinations("test")
 
-
-# ---------------------------------------------------------------------------------------------------- what can be heard
 
 def test_render_plays_any_attributes_at_any_length():
     rows = (combinations("train") + combinations("unseen"))[::5]  # 5 shares no factor with 432: all values
@@ -101,8 +96,6 @@ def test_melody_is_the_order_of_the_pitches(melody, steps):
     assert np.diff(notes) == pytest.approx(steps, abs=0.7)
 
 
-# ------------------------------------------------------------------------------------------------------------- captions
-
 def says(text):
     """The attribute values that a caption names, longest words first: {name: value}."""
     said, phrases = {}, [(word, name, value) for name in WORDS for value in WORDS[name] for word in WORDS[name][value]]
@@ -135,8 +128,6 @@ def test_caption_varies_its_words_and_no_two_values_share_a_word():
         assert all(any(word in text for text in texts) for word in WORDS[name][value])
 
 
-# --------------------------------------------------------------------------------------------------------- text encoder
-
 @pytest.fixture(scope="module")
 def encoder():
     return T5Encoder.from_pretrained("toy")
@@ -152,8 +143,6 @@ def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_token
         assert tokenizer.unk_id() not in ids and tokenizer.decode(ids) == text
 
 
-# ------------------------------------------------------------------------------------------------- the codec's training
-
 def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor():
     mel = mel_spectrogram(torch.sin(2 * torch.pi * 1000 * torch.arange(16_000) / SAMPLE_RATE)[None], SAMPLE_RATE)
     assert mel.shape == (1, 64, 63)
@@ -163,30 +152,6 @@ def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor(
     assert log_mel(torch.zeros(1)).item() == pytest.approx(np.log(1e-2))
 
 
-def test_revive_dead_codes_moves_dead_entries_onto_residuals_and_no_others():
-    torch.manual_seed(0)
-    config = CodecConfig(ratios=(2,), n_codebooks=2, codebook_size=8, dimension=4, n_filters=2)
-    quantizer = Codec(config).model.quantizer
-    books = [layer._codebook for layer in quantizer.vq.layers]
-    for book in books:
-        book.embed.normal_()
-        book.inited.fill_(True)
-        book.cluster_size.fill_(5.0)
-        book.cluster_size[[2, 6]] = 0.01
-    before, alive, latents = [book.embed.clone() for book in books], [0, 1, 3, 4, 5, 7], torch.randn(3, 4, 10)
-    revive_dead_codes(quantizer, latents)
-    residual = latents.transpose(1, 2).reshape(-1, 4)
-    for book, old in zip(books, before, strict=True):
-        assert torch.equal(book.embed[alive], old[alive]) and (book.cluster_size[alive] == 5).all()
-        assert torch.cdist(book.embed[[2, 6]], residual).amin(dim=1).max() < 1e-3, "onto what is left to say"
-        assert (book.cluster_size > 0.1).all()
-        torch.testing.assert_close(book.embed_avg[[2, 6]] / book.cluster_size[[2, 6], None], book.embed[[2, 6]])
-        residual = residual - book.embed[torch.cdist(residual, book.embed).argmin(dim=1)]
-    books[0].cluster_size.zero_()
-    revive_dead_codes(quantizer, latents[:1, :, :5])
-    assert (books[0].cluster_size > 0.1).sum() == 5, "more dead entries than latents"
-
-
 def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_codec.py", "--out", str(tmp_path), "--steps", "5", "--clips", "3",
                                       "--batch-size", "2", "--seconds", "0.1"])
@@ -194,8 +159,6 @@ def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch)
     codec = load_codec(tmp_path / "codec.pt")
     assert all(layer._codebook.inited and layer._codebook.embed.any() for layer in codec.model.quantizer.vq.layers)
 
-
-# --------------------------------------------------------------------------------------------------------------- export
 
 def test_export_keeps_what_sampling_needs_in_few_bits_and_sampling_flags_become_the_models_own(
         make_magnet, tmp_path, monkeypatch):
@@ -223,8 +186,6 @@ def test_every_model_that_ships_reads_the_codec_and_the_text_encoder_that_ship(n
     companions.check(load_codec("toy"), encoder)
     assert model.config.objective == objective
 
-
-# ------------------------------------------------------------------------------------------------ judge and evaluation
 
 def test_the_judge_that_ships_hears_every_attribute_of_the_world_as_it_is():
     """From every instrument, with drums and without. A changed world without a retrained judge would make every

@@ -229,19 +229,15 @@ def assert_one_line(ended, *words):
         assert word in lines[0]
 
 
-@pytest.fixture
-def full_disk():
-    """`with full_disk(size):` no file can be written beyond so many bytes, as on a disk with no more room."""
-    @contextmanager
-    def full_disk(size):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return full_disk
+@contextmanager
+def full_disk(size):
+    """In its `with`, no file can be written beyond so many bytes, as on a disk with no more room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --------------------------------------------------------------------------------------------------- tiny training runs

@@ -64,23 +64,6 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_pat
     assert row in capsys.readouterr().out.splitlines()
 
 
-def test_settings_that_two_experiments_share_are_played_once(tmp_path, monkeypatch):
-    configs = []
-
-    def measure(model, config, seed, args):
-        configs.append(str(config))
-        return {"overall_seen": len(configs) / 100}
-
-    monkeypatch.setattr(ablations, "measure", measure)
-    monkeypatch.setattr(ablations, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ablations.py", *SAMPLING_CELLS, "--seeds", "0"])
-    ablations.main()
-    assert len(configs) == len(set(configs))
-    own = {read_rows(tmp_path / f"{name}.csv")[i]["overall_seen"] for name, i in
-           (("guidance", 3), ("steps", 4), ("sampling", 2), ("order", 0))}
-    assert len(own) == 1, "the model's own settings are a cell of each"
-
-
 def test_spans_train_once_and_go_on_where_they_were_cut(tmp_path, monkeypatch):
     commands = []
 

@@ -1,7 +1,7 @@
 """What data sets and their caches promise: all that is found is used or listed; everything is encoded once.
 
-Read in this order: the sources (what is read, what is skipped, that it adds up), cutting, the cache, the files that are
-held out, batches. Most tests write a few small WAVs and read them through the toy codec and the toy text encoder.
+In this order: what is read and skipped, cutting, the cache, files that are held out, batches. Most tests write a few
+small WAVs and read them through the toy codec and the toy text encoder.
 """
 
 import json
@@ -80,8 +80,6 @@ def captions_of(clips, encoder, *captions):
     texts = [clips.text[i] for i in clips.caption]
     return [next(c for c, e in known.items() if e.shape == t.shape and torch.allclose(e, t, atol=1e-2)) for t in texts]
 
-
-# -------------------------------------------------------------------------------------------------------------- sources
 
 def test_load_data_reads_a_folder_of_any_audio_with_its_sub_folders_and_both_kinds_of_captions(load, encoder, music):
     write_tone(music / "a.wav", "a slow flute\n")
@@ -194,19 +192,16 @@ def test_load_data_lists_bad_lines_of_a_manifest_by_number(load, music, capsys):
     assert "list.jsonl: 8 found = 1 encoded + 0 captions + 7 skipped" in out
 
 
-@pytest.mark.parametrize("name, problem", [
-    ("nothing", "no such data set"), ("empty", "the data set is empty"), ("noise", "the data set is empty"),
-    ("song.wav", "is not a JSON-lines manifest")])
-def test_load_data_names_a_data_set_that_cannot_be_used(load, music, name, problem):
+def test_load_data_names_a_data_set_that_cannot_be_used(load, music):
     (music / "empty").mkdir()
     write_tone(music / "song.wav")
     (music / "noise").mkdir()
     (music / "noise" / "noise.wav").write_text("not music")
-    with pytest.raises(ValueError, match=f"{name}: {problem}"):
-        load(music / name)
+    for name, problem in (("nothing", "no such data set"), ("empty", "the data set is empty"),
+                          ("noise", "the data set is empty"), ("song.wav", "is not a JSON-lines manifest")):
+        with pytest.raises(ValueError, match=f"{name}: {problem}"):
+            load(music / name)
 
-
-# -------------------------------------------------------------------------------------------------------------- cutting
 
 def test_cut_clips_keeps_all_in_order_but_a_small_rest():
     for samples, kept in ((1, [1]), (100, [100]), (109, [100]), (110, [100, 10]), (205, [100, 100]),
@@ -240,8 +235,6 @@ def test_encode_audio_reads_a_long_recording_no_further_than_it_encodes(codec, m
         list(encode_audio({"0": entry}, codec, RATE, "cpu", {}, ["0"]))
     assert len(read) <= 2 * data.BATCH + 1
 
-
-# ------------------------------------------------------------------------------------------------------------ the cache
 
 @pytest.fixture
 def three_files(music):
@@ -318,14 +311,6 @@ def test_fill_cache_keeps_what_was_made_before_an_error_or_a_stop(tmp_path):
         assert set(data.store(tmp_path / f"{how}.pt", {})) == {0, 1, 2}
 
 
-def test_fill_cache_saves_from_time_to_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SAVE_SECONDS", -1.0)  # as if each entry took longer than that
-    stored = []
-    fill_cache(tmp_path / "cache.pt", range(3), lambda keys: (
-        stored.append(len(data.store(tmp_path / "cache.pt", {}))) or (key, key) for key in keys))
-    assert stored[:2] == [0, 1] and set(data.store(tmp_path / "cache.pt", {})) == {0, 1, 2}
-
-
 def test_fill_cache_of_two_processes_keeps_the_entries_of_both(tmp_path):
     code = f"""if True:
         import sys
@@ -338,8 +323,6 @@ def test_fill_cache_of_two_processes_keeps_the_entries_of_both(tmp_path):
     assert [process.wait() for process in both] == [0, 0]
     assert set(data.store(tmp_path / "cache.pt", {})) == {f"{name}-{i}" for name in "ab" for i in range(12)}
 
-
-# ------------------------------------------------------------------------------------------------------------ splitting
 
 def test_load_data_holds_out_whole_files_always_the_same_whatever_is_beside_them(load, music):
     def write(numbers):
@@ -367,8 +350,6 @@ def test_load_data_validates_a_small_data_set_on_itself_and_says_so(load, three_
         assert len(train.codes) == 3 and torch.equal(train.codes, valid.codes)
         assert "validating on the training clips" in capsys.readouterr().out
 
-
-# -------------------------------------------------------------------------------------------------------------- batches
 
 @pytest.fixture
 def clips():

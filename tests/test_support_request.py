@@ -29,8 +29,6 @@ ROOT = Path(__file__).parent.parent
 FEW_STEPS = ["--decoding-steps", "3", "2", "1", "1"]
 
 
-# ------------------------------------------------------------------------------------------------------------- planning
-
 def test_plan_clips_numbers_several_files_and_every_clip_keeps_its_number(tmp_path):
     def plan(prompts, **request):
         return [(clip.number, clip.prompt, clip.path.name) for clip in plan_clips(
@@ -42,18 +40,18 @@ def test_plan_clips_numbers_several_files_and_every_clip_keeps_its_number(tmp_pa
     assert plan(["x"], only=(3,)) == [(3, "x", "b.c-3.wav")], "clip 3 of --n 4, without saying --n 4 again"
 
 
-@pytest.mark.parametrize("n_frames, given, expected", [
-    (10, (), [0]), (4, (), [0]), (25, (), [0, 6, 12, 15]), (25, range(6), [2, 8, 14, 15]),
-    (25, [*range(12), *range(16, 25)], [9]),  # a gap that fits: in the middle of its window
-    (40, [*range(5), *range(25, 40)], [1, 7, 13, 19]), (10, range(10), [])])  # the last one sees both sides
-def test_windows_fill_in_what_is_open_and_continue_what_is_there(n_frames, given, expected):
-    is_given = torch.zeros(n_frames, dtype=torch.bool)
-    is_given[list(given)] = True
-    slices = windows(is_given, 10, 4)
-    assert [part.start for part in slices] == expected
-    for part in slices:
-        is_given[part] = True
-    assert is_given.all(), "every frame is made"
+def test_windows_fill_in_what_is_open_and_continue_what_is_there():
+    for n_frames, given, expected in (
+            (10, (), [0]), (4, (), [0]), (25, (), [0, 6, 12, 15]), (25, range(6), [2, 8, 14, 15]),
+            (25, [*range(12), *range(16, 25)], [9]),  # a gap that fits: in the middle of its window
+            (40, [*range(5), *range(25, 40)], [1, 7, 13, 19]), (10, range(10), [])):  # the last one sees both sides
+        is_given = torch.zeros(n_frames, dtype=torch.bool)
+        is_given[list(given)] = True
+        slices = windows(is_given, 10, 4)
+        assert [part.start for part in slices] == expected, f"{n_frames} frames"
+        for part in slices:
+            is_given[part] = True
+        assert is_given.all(), "every frame is made"
 
 
 def test_windows_are_as_long_as_a_training_clip_and_a_third_of_it_overlaps():
@@ -64,8 +62,6 @@ def test_windows_are_as_long_as_a_training_clip_and_a_third_of_it_overlaps():
     with pytest.raises(ValueError, match="--overlap must be less than the 4 s of a window"):
         windows(nothing, 4.0, 4.0, 50.0)
 
-
-# ------------------------------------------------------------------------------- what each setting of decoding changes
 
 SAMPLING = {  # a value of each setting that is not the default one
     "decoding_steps": (4, 1), "temperature": 0.1, "top_p": 0.2, "top_k": 1, "guidance_start": 4.0, "guidance_end": 10.0,
@@ -85,8 +81,6 @@ def test_every_setting_of_sampling_config_changes_what_is_played(make_magnet):
             for changes in ({}, {setting: value}))
         assert not before.equal(after), f"{setting} makes no difference"
 
-
-# ---------------------------------------------------------------------------------------------------- files and lengths
 
 @pytest.fixture
 def play(call, tiny_run):
@@ -152,8 +146,6 @@ def test_sample_plays_the_toy_model_without_any_flag_to_a_stdout_that_is_closed(
     assert (len(wav), rate) == (64_000, 16_000) and np.abs(wav).max() > 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------- given audio
-
 def coded(name):
     """A file as the codec renders it."""
     codec = load_codec("toy")
@@ -184,8 +176,6 @@ def test_sample_inpaints_a_gap_and_keeps_the_rest_codec_exact(play):
     assert change[:8000 - reach].max() < 1e-3 and change[11_200 + reach:].max() < 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of models
-
 def changed(tiny_run, path, **changes):
     """A checkpoint like the tiny model's, with changes: `a__b=x` changes entry b of the dictionary a."""
     content = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
@@ -204,8 +194,6 @@ def test_sample_decodes_each_kind_of_model_as_it_was_trained(objective, flags, p
     play("a flute", *flags.split(), model=changed(tiny_run, "model.pt", model_config__objective=objective))
     assert soundfile.info("out.wav").frames == (24_000 if "--seconds" in flags else 16_000)
 
-
-# ------------------------------------------------------------------------------------------------------------ bad input
 
 WRONG = {  # flags: what the line names
     "--seconds inf": "seconds", "--guidance-start 1e30": "guidance_start", "--decoding-steps 5 5 1 1 1": "decoding_st",
@@ -242,18 +230,14 @@ def test_sample_says_that_out_cannot_be_written_before_the_model_is_loaded(call,
 
 
 NAN = torch.full((32,), torch.nan)
-DAMAGE = {  # what is wrong in a checkpoint's config and weights: what the line names
-    "a setting of another version": ({"model_config__colour": "red", "config__colour": "red"}, "colour"),
-    "terabytes": ({"model_config__dim": 1 << 40, "config__dim": 1 << 40}, "dim must be"),
-    "a config in a list": ({"model_config": [1], "config": [1]}, ""),
-    "weights that are not finite": ({"ema__out_norm.bias": NAN, "model__out_norm.bias": NAN}, "not finite"),
-}
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_sample_and_resume_name_a_checkpoint_that_does_not_hold_what_it_should(
-        kind, call, tiny_run, train_tiny, tmp_path):
-    changes, word = DAMAGE[kind]
-    path = changed(tiny_run, tmp_path / "checkpoint.pt", **changes)
-    assert_one_line(call(sample, "a flute", "--model", path), "checkpoint.pt", word)
-    assert_one_line(call(train, "--out", tmp_path, "--resume", "--cache", train_tiny.cache), "checkpoint.pt", word)
+def test_sample_and_resume_name_a_checkpoint_that_does_not_hold_what_it_should(call, tiny_run, train_tiny, tmp_path):
+    for changes, word in (({"model_config__dim": 1 << 40, "config__dim": 1 << 40}, "dim must be"),
+                          ({"model_config__colour": "red", "config__colour": "red"}, "colour"),
+                          ({"model_config": [1], "config": [1]}, ""),
+                          ({"ema__out_norm.bias": NAN, "model__out_norm.bias": NAN}, "not finite")):
+        path = changed(tiny_run, tmp_path / "checkpoint.pt", **changes)
+        for ended in (call(sample, "a flute", "--model", path),
+                      call(train, "--out", tmp_path, "--resume", "--cache", train_tiny.cache)):
+            assert_one_line(ended, "checkpoint.pt", word)

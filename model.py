@@ -65,14 +65,14 @@ def local_attention(q, k, v, context):
     block = max(32, context)
     n = math.ceil(T / block)
     width = block + 2 * context
-    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    q = F.pad(q, (0, 0, 0, n * block - T)).view(B * H, n, block, D)
-    k, v = (F.pad(x, (0, 0, context, n * block - T + context)).unfold(1, width, block).transpose(2, 3) for x in (k, v))
+    q = F.pad(q, (0, 0, 0, n * block - T)).reshape(B * H, n, block, D)
+    k, v = (F.pad(x, (0, 0, context, n * block - T + context)).reshape(B * H, -1, D) for x in (k, v))
+    k, v = (x.unfold(1, width, block).transpose(2, 3) for x in (k, v))  # (B * H, n, width, D)
     query = torch.arange(n * block, device=q.device).view(n, block, 1)  # the frame that each place stands for
     key = torch.arange(n, device=q.device).view(n, 1, 1) * block + torch.arange(width, device=q.device) - context
     exists = (key >= 0) & (key < T) | (query >= T)  # padded queries may see padding: no row is ever empty
     may_attend = ((query - key).abs() <= context) & exists  # (n, block, width)
-    out = attention(q, k, v, may_attend)  # (B * H, n, block, D)
+    out = attention(q, k, v, may_attend[None])  # (B * H, n, block, D); torch's kernel wants a mask of 4 dimensions
     return out.reshape(B, H, n * block, D)[:, :, :T]
 
 

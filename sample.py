@@ -9,7 +9,7 @@ of models; the command line.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from model import Cache, load_model
 from support.audio import save_audio
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, pick_dtype, run, say
 from support.hub import make_config
-from support.request import Request, known_codes, plan_clips, windows
+from support.request import Request, known_codes, plan_clips, say_settings, windows
 from t5_encoder import T5Encoder
 
 BATCH = 16  # clips that are decoded together
@@ -30,7 +30,7 @@ BATCH = 16  # clips that are decoded together
 
 @dataclass
 class SamplingConfig(Config):
-    """How to decode. The defaults are the paper's; those of autoregressive decoding are MusicGen's."""
+    """How to decode: as the paper, autoregressively as MusicGen. As released, `stride1` always scores by product."""
 
     decoding_steps: tuple[int, ...] = option((20, 10), "steps by codebook, the last for the rest", low=1, high=9999)
     temperature: float = option(3.0, "softmax temperature, annealed linearly to zero", low=0, high=1e4)
@@ -40,7 +40,7 @@ class SamplingConfig(Config):
     guidance_end: float = option(1.0, "classifier-free guidance when nothing is hidden", low=-1e4, high=1e4)
     span_arrangement: str = option("nonoverlap", "where spans may lie", ("nonoverlap", "stride1"))
     span_scoring: str = option("max", "a span's probability: of its best token, or the product", ("max", "prod"))
-    schedule: str = option("paper", "mask rates as in the paper or as in the released code", ("paper", "released"))
+    schedule: str = option("paper", "as in the paper, or token by token as released", ("paper", "released"))
     greedy: bool = option(False, "take the most probable token instead of sampling")
     rescorer_weight: float = option(0.5, "with --rescorer: the weight of its probabilities", low=0, high=1)
     ar_guidance: float = option(3.0, "autoregressive and hybrid models: guidance", low=-1e4, high=1e4)
@@ -56,9 +56,7 @@ def mask_rate(step, steps, schedule="paper"):
 
     Deviation: "released" spaces the steps so that the last one is at rate 0 (where one span is still hidden).
     """
-    if schedule == "released":
-        return float(cosine_schedule(torch.linspace(0, 1, steps)[step]))
-    return cosine_schedule(step / steps)
+    return float(cosine_schedule(torch.linspace(0, 1, steps)[step] if schedule == "released" else step / steps))
 
 
 def guidance_scale(rate, start, end):
@@ -102,8 +100,8 @@ def guided_logits(model, codes, stage, text, text_mask, scale, mask=None, cache=
         logits = model(codes, stage, text, text_mask, mask, cache)
     else:
         cond, uncond = model(codes.repeat(2, 1, 1), stage, text, text_mask, mask, cache).chunk(2)
-        logits = uncond + scale * (cond - uncond)
-    if not logits.isfinite().all():
+        logits = torch.lerp(uncond, cond, scale)  # (1 - scale) * uncond + scale * cond, in one go
+    if not (logits.sum().isfinite() or logits.isfinite().all()):  # the sum is the faster, and mostly enough
         raise ValueError("the model's logits are not finite: its weights are damaged, or want --dtype fp32")
     return logits
 
@@ -123,16 +121,16 @@ def nucleus(probs, top_p, top_k=0):
     >>> nucleus(torch.tensor([0.5, 0.3, 0.2]), 0.7)
     tensor([0.5000, 0.3000, 0.0000])
     """
-    top, order = probs.sort(dim=-1, descending=True)
-    cut = top.cumsum(dim=-1) - top >= top_p
-    cut[..., 0] = False
-    if top_k:
-        cut[..., top_k:] = True
-    return torch.zeros_like(probs).scatter(-1, order, top.masked_fill(cut, 0))
+    top, order = probs.topk(min(top_k or probs.shape[-1] // 4 + 1, probs.shape[-1]))  # a quarter mostly holds it
+    cut = top.cumsum(dim=-1) - top >= top_p  # never the first, before which there is nothing
+    kept = torch.zeros_like(probs).scatter(-1, order, top.masked_fill(cut, 0))
+    if not top_k:  # where that quarter was too small all are sorted, which takes more than twice as long
+        kept[~cut[..., -1]] = nucleus(probs[~cut[..., -1]], top_p, probs.shape[-1])
+    return kept
 
 
 def draw(weights, uniform):
-    """One token for each row of weights (M, card), in proportion to them: uniform (M,) in [0, 1) -> (M,) long.
+    """One token for each row of weights (..., card), in proportion to them: uniform (...) in [0, 1) -> (...) long.
 
     The first token of a weight above zero whose cumulative weight exceeds `uniform` times the whole.
 
@@ -140,13 +138,13 @@ def draw(weights, uniform):
     tensor([0, 1, 3])
     """
     total = weights.cumsum(dim=-1)
-    reached = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)
+    reached = (total > uniform[..., None] * total[..., -1:]) & (weights > 0)
     # If the product was rounded up to the whole, none is reached: the most probable token stands in.
     return torch.where(reached.any(dim=-1), reached.int().argmax(dim=-1), weights.argmax(dim=-1))
 
 
 def draw_tokens(logits, temperature, top_p, top_k, greedy, uniform):
-    """[Sec. 3.3] Tokens for logits (M, card): tempered, cut to the nucleus, drawn with uniform (M,); (M,) long."""
+    """[Sec. 3.3] Tokens for logits (..., card): tempered, cut to the nucleus, drawn with uniform (...); (...) long."""
     if greedy or temperature == 0:
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits / max(temperature, 1e-2), dim=-1)
@@ -238,8 +236,8 @@ def spans_to_hide(tokens, fixed, rate, given, span_len, config):
     before decoding: the rate is a share of the others.
     """
     if config.span_arrangement == "stride1":
-        n_frames = max(int(rate * int((~given).sum())), 1)
-        return hide_stride1(tokens, fixed, n_frames, span_len, config.span_scoring)
+        scoring = "prod" if config.schedule == "released" else config.span_scoring
+        return hide_stride1(tokens, fixed, int(rate * int((~given).sum())), span_len, scoring)
     n_spans = int(F.pad(~given, (0, -len(given) % span_len)).view(-1, span_len).any(dim=1).sum())
     return hide_nonoverlapping(tokens, fixed, max(int(rate * n_spans), 1), span_len, config.span_scoring)
 
@@ -288,12 +286,10 @@ def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer
             logits = guided_logits(model, delayed, stage, text, text_mask, scale, mask)
             logits = logits[:, stage:stage + codes.shape[2]]
         temperature = annealed_temperature(step, steps, config.temperature)
-        uniform = draw_uniform(streams, codes.shape[2], codes.device)[hidden]
-        drawn = draw_tokens(logits[hidden], temperature, config.top_p, config.top_k, config.greedy, uniform)
-        codes[:, stage] = codes[:, stage].masked_scatter(hidden, drawn)  # only hidden positions change
-        # A token that was not hidden counts in its span with the probability of the model's best guess.
-        candidate = logits.argmax(dim=-1).masked_scatter(hidden, drawn)
-        confidence = log_odds(logits / temperature, candidate)  # (B, T), before the nucleus
+        uniform = draw_uniform(streams, codes.shape[2], codes.device)
+        drawn = draw_tokens(logits, temperature, config.top_p, config.top_k, config.greedy, uniform)  # (B, T)
+        codes[:, stage] = torch.where(hidden, drawn, codes[:, stage])  # only hidden positions change
+        confidence = log_odds(logits / temperature, drawn)  # (B, T), before the nucleus; fixed tokens count as drawn
         if rescorer is not None:
             B = len(codes)
             scores = rescorer.score_codes(codes, stage, *((text[:B], text_mask[:B]) if text is not None else ()))
@@ -317,8 +313,7 @@ def decode_autoregressively(model, codes, text, text_mask, n_positions, config, 
         unread = delayed[:, :, cache[0].filled:position]
         logits = guided_logits(model, unread, None, text, text_mask, config.ar_guidance, cache=cache)[:, :, -1]
         uniform = draw_uniform(streams, logits.shape[1], codes.device)  # (B, K)
-        tokens = draw_tokens(logits.flatten(0, 1), config.ar_temperature, 1.0, config.ar_top_k, config.greedy,
-                             uniform.flatten()).view_as(uniform)
+        tokens = draw_tokens(logits, config.ar_temperature, 1.0, config.ar_top_k, config.greedy, uniform)
         delayed[:, :, position] = torch.where(is_open[:, :, position], tokens, delayed[:, :, position])
         if on_step is not None:
             on_step(position=position, codes=undelay(delayed))
@@ -339,18 +334,22 @@ def generate(model, text, text_mask, codes, config=None, streams=None, negative=
     """
     config, (B, K, T), kind = config or SamplingConfig(), codes.shape, model.config.objective
     check_arguments(model, text, codes, config, rescorer)
-    codes, streams = codes.to(model.out_norm.weight.device), streams or clip_streams(0, range(B))
+    codes, streams = codes.to(model.out_norm.weight.device, copy=True), streams or clip_streams(0, range(B))
+    prompt, whole = None, T - T % model.config.span_len
+    if kind == "magnet" and config.schedule == "released" and config.span_arrangement == "nonoverlap" and 0 < whole < T:
+        # Deviation: the released code drops the frames after the last whole span; here they are filled in at the end.
+        codes[:, :, :whole] = generate(model, text, text_mask, codes[:, :, :whole], config, streams, negative, rescorer,
+                                       on_step)
+        config, on_step = replace(config, decoding_steps=(1,)), None
     if text is not None:
         text, text_mask = text.to(codes.device), text_mask.to(codes.device).bool()
         text, text_mask = (text, text_mask) if negative is None else with_negative(text, text_mask, negative)
-    prompt = None
     if kind != "magnet":
         n_given = int((codes[0, 0] != model.mask_id).sum())
         n_prompt = T if kind == "ar" else max(round(min(config.hybrid_seconds * frame_rate, T)), n_given)
         n_positions = 1 + n_prompt if n_prompt < T else T + K  # codebook k of the prompt is k frames shorter
         codes = decode_autoregressively(model, codes, text, text_mask, n_positions, config, streams, on_step)
         prompt = delay_codes(codes, model.mask_id)[:, :, :n_positions]
-    codes = codes.clone()
     for stage in range(K if kind != "ar" else 0):
         codes[:, stage] = decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer, prompt, on_step)
     return codes
@@ -383,6 +382,7 @@ def main():
     dtype = pick_dtype(request.dtype, device)
     model, companions = load_model(request.model, device, dtype)
     config = from_flags(args, make_config(SamplingConfig, companions.sampling, request.model))  # flags go first
+    say_settings(config, companions.sampling)
     codec = load_codec(request.codec or companions.codec, model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(request.text_encoder or companions.text_encoder)
     companions.check(codec, encoder)

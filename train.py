@@ -11,14 +11,15 @@ Deviation: AdamW as in the paper; the released recipe sets its step sizes by D-A
     torchrun --nproc-per-node 4 train.py --data toy --out runs/toy
 """
 
-import hashlib
 import importlib
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from encodec_wrap import load_codec
 from masking import (
@@ -32,14 +33,15 @@ from masking import (
 )
 from model import OBJECTIVES, MAGNeT, ModelConfig, load_model
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, run, say
-from support.data import Entry, load_data
+from support.data import load_data
 from support.files import Companions, fingerprint, load_strictly, located, read_checkpoint
+from support.musicbench import musicbench_entries
 from support.training import RANK, WORLD, Run, join_processes
 from t5_encoder import T5Encoder
 
 MASK_RATES = (0.25, 0.5, 0.75, 1.0)  # at which validation measures
 VALIDATED = {"magnet": MASK_RATES, "ar": ("ar",), "hybrid": (*MASK_RATES, "ar")}  # what it measures of each codebook
-WORLDS = {"toy": "toy.world", "tunes": "toy.tunes"}  # data sets that are synthesised, see `toy`
+WORLDS = ("toy", "tunes")  # data sets that are synthesised, see `toy`
 STATE_KEYS = ("config", "model_config", "codec", "text_encoder", "codec_id", "text_encoder_id", "model", "ema",
               "optimizer", "scaler", "step", "rng")
 
@@ -49,11 +51,10 @@ class TrainConfig(Config):
     """All that decides what a run learns; kept in its checkpoint."""
 
     objective: str = option("magnet", "masked (magnet), autoregressive (ar), or both (hybrid)", OBJECTIVES)
-    data: str = option("toy", "toy, tunes, a folder of audio with .txt or .json captions, or a JSON-lines manifest")
+    data: str = option("toy", "toy, tunes, musicbench, a folder of audio and captions, or a JSON-lines manifest")
     codec: str = option("toy", "toy, encodec_24khz, or a codec's file or folder")
     text_encoder: str = option("toy", "toy, t5-small, t5-base, google/flan-t5-small, ..., or a folder")
-    n_codebooks: int = option(0, "use only the codec's first K codebooks; 0: all of the toy codec, 4 of encodec_24khz",
-                              low=0)
+    n_codebooks: int = option(0, "use only the codec's first K codebooks; 0: all, but 4 of encodec_24khz", low=0)
     seconds: float = option(4.0, "length of the training clips", above=0, high=3600)
     audio_key: str = option("location", "where a manifest's lines name the audio file")
     caption_key: str = option("main_caption", "where JSON captions and a manifest's lines hold the text")
@@ -66,6 +67,7 @@ class TrainConfig(Config):
     span_len: int = option(3, "frames per masked span", low=1, high=1 << 20)
     context_ms: float = option(100.0, "how far stages after the first see on each side; negative: everywhere",
                                low=-1e6, high=1e6)
+    train_blocks: int = option(0, "train only the last N blocks and the heads, to save memory; 0: everything", low=0)
     steps: int = option(18_000, "optimiser steps", low=1)
     stage_weights: tuple[float, ...] = option((2.0, 1.0), "how often each codebook is trained, the last number for all "
                                                "that follow; 1: alike, as in the paper", low=0, high=1e6)
@@ -95,6 +97,7 @@ class RunConfig(Config):
     only_encode: bool = option(False, "stop when the data set is encoded into the cache")
     device: str = option("auto", "auto, cpu, cuda or mps")
     compile: bool = option(False, "torch.compile the model")
+    checkpoint_blocks: bool = option(False, "compute each block once more for its gradients, to save memory")
     cache: str = option("cache", "folder for codes and text embeddings")
     log_every: int = option(50, "steps between rows of log.csv", low=1)
     val_every: int = option(500, "steps between validations", low=1)
@@ -321,34 +324,25 @@ def read_settings(args, flags):
 def model_config(args, config, state, codec, encoder):
     """The shape of the model: that of what the run starts from, or as the flags, codec and text encoder say."""
     context = round(config.context_ms / 1000 * codec.frame_rate) if config.context_ms >= 0 else -1
-    if state:
-        if "context_ms" not in args:
-            context = state["model_config"]["context"]
-        return ModelConfig(**state["model_config"] | {"context": context, "span_len": config.span_len,
-                                                      "dropout": config.dropout, "objective": config.objective})
-    return ModelConfig(
-        n_codebooks=codec.n_codebooks, card=codec.codebook_size, dim=config.dim, n_heads=config.n_heads,
-        n_layers=config.n_layers, text_dim=encoder.config.d_model, text_len=config.text_len, context=context,
-        span_len=config.span_len, seconds=config.seconds, dropout=config.dropout, objective=config.objective)
-
-
-def world_entries(world, n_clips, split, seconds):
-    """Entries of a synthesised data set; keys hold a hash of its source, so that a changed world is encoded anew."""
-    version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()
-    return [Entry(f"{split} {i}", f"{version}-{split}-0-{i}",
-                  lambda tell, i=i: iter([world.example(i, split, 0, seconds)[0]]), world.describe(i, split, 0)[1])
-            for i in range(n_clips)]
+    if state and "context_ms" not in args:
+        context = state["model_config"]["context"]
+    changeable = {"context": context, **{name: getattr(config, name) for name in ("span_len", "dropout", "objective")}}
+    shape = state["model_config"] if state else {
+        "n_codebooks": codec.n_codebooks, "card": codec.codebook_size, "text_dim": encoder.config.d_model,
+        **{name: getattr(config, name) for name in ("dim", "n_heads", "n_layers", "text_len", "seconds")}}
+    return ModelConfig(**shape | changeable)
 
 
 def load_clips(config, flags, codec, encoder, device):
     """The training and validation `Clips`. What is not in the cache yet is encoded, by the first process alone."""
     entries = None
     if config.data in WORLDS:
-        world, n_valid = importlib.import_module(WORLDS[config.data]), max(1, config.toy_clips // 20)
-        entries = [world_entries(world, n, split, config.seconds) for n, split in
-                   ((config.toy_clips, "train"), (n_valid, "valid"))]
+        numbers = {"train": config.toy_clips, "valid": max(1, config.toy_clips // 20)}
+        entries = importlib.import_module("toy").entries_of(config.data, numbers, config.seconds)
     if RANK > 0:
         torch.distributed.barrier()
+    if config.data == "musicbench":
+        entries = musicbench_entries(Path(flags.cache, "musicbench"), config.caption_key, codec.sample_rate)
     clips = load_data(config.data, codec, encoder, config.seconds, flags.cache, config.audio_key, config.caption_key,
                       device=device, entries=entries)
     if RANK == 0 and WORLD > 1:
@@ -365,8 +359,9 @@ def main():
     if config.batch_size % (WORLD * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of processes x --accumulate = "
                          f"{WORLD} x {config.accumulate}")
-    device = pick_device(flags.device)
-    device = join_processes(device) if WORLD > 1 else device
+    if config.train_blocks > config.n_layers:
+        raise ValueError(f"--train-blocks {config.train_blocks}: the model has only {config.n_layers}")
+    device = join_processes(pick_device(flags.device)) if WORLD > 1 else pick_device(flags.device)
     codec = load_codec(config.codec, config.n_codebooks or None, device)
     if not sum(config.stage_weights[:codec.n_codebooks]):
         raise ValueError(f"--stage-weights {config.stage_weights}: trains none of {codec.n_codebooks} codebooks")
@@ -387,8 +382,13 @@ def main():
     model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)
     if state:
         load_strictly(model, state["model"], Path(flags.out, "checkpoint.pt") if flags.resume else flags.init_from)
+    for part in (model.text_proj, model.emb, *model.blocks[:-config.train_blocks]) if config.train_blocks else ():
+        part.requires_grad_(False)
     this_run = Run(flags, config, model, companions, device, validate, VALIDATED[config.objective], valid_clips,
                    state if flags.resume else None)
+    for block in model.blocks if flags.checkpoint_blocks else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    del codec, encoder, state  # their memory is wanted
     try:
         train(this_run, config, clips)
         say(f"{flags.out}: {model}, trained for {config.steps} steps on {device} x {WORLD}")

@@ -1,28 +1,35 @@
 """A model of full size with random weights, laid out like a published one, run end to end: memory and seconds.
 
     python -m experiments.full_size /tmp/magnet --steps 20 10 10 10
+    python -m experiments.full_size /tmp/magnet --train="--train-blocks 4 --checkpoint-blocks"
 
 Writes what the hub's repositories hold (state_dict.bin, compression_state_dict.bin, encodec_32khz/, t5-base/) into a
-folder, runs `sample.py --model` on it in a process of its own, and prints that process's peak memory and its seconds.
-The music is noise, the work is that of the published model of the same shape.
+folder, runs `sample.py --model` on it in a process of its own, or fine-tunes it there for two steps of one clip, and
+prints that process's peak memory and its seconds. The music is noise, the work is that of the published model of the
+same shape.
 """
 
 import argparse
 import json
 import os
 import resource
+import shlex
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
-import yaml
 
 import encodec_wrap
 from encodec_wrap import CODEC_FILE, REPOSITORY, Codec, CodecConfig
-from model import TENSOR_NAMES, MAGNeT, ModelConfig
+from experiments.export import write_audiocraft_codec, write_model
+from model import MAGNeT, ModelConfig
+from sample import SamplingConfig
 from support.files import rename, save_whole
 from t5_encoder import T5Config, T5Encoder
 from toy.train_text import save_pretrained
@@ -36,35 +43,6 @@ CODEC_32KHZ = CodecConfig(
 CODEC_16KHZ = replace(CODEC_32KHZ, sample_rate=16_000, ratios=(8, 5, 4, 2))
 
 
-def published_state(model, dtype):
-    """The weights of a `MAGNeT` under AudioCraft's names, which stack q, k and v."""
-    published, state = {}, model.state_dict()
-    for name, tensor in state.items():
-        if name.endswith("cross_attn.q.weight"):
-            tensor = torch.cat([tensor, state[name.replace(".q.", ".kv.")]])
-        if not name.endswith("cross_attn.kv.weight"):
-            published[rename(name, TENSOR_NAMES)] = tensor.to(dtype)
-    return published
-
-
-def model_settings(config, text_encoder):
-    """The settings text of a MAGNeT, as far as it is read."""
-    shape = {"n_q": config.n_codebooks, "card": config.card, "dim": config.dim, "num_heads": config.n_heads,
-             "num_layers": config.n_layers, "hidden_scale": config.ffn_mult, "causal": False,
-             "subcodes_context": config.context}
-    return yaml.safe_dump({
-        "solver": "magnet", "channels": 1, "lm_model": "transformer_lm_magnet", "transformer_lm": shape,
-        "masking": {"span_len": config.span_len}, "dataset": {"segment_duration": config.seconds},
-        "codebooks_pattern": {"modeling": "parallel"},
-        "conditioners": {"description": {"model": "t5", "t5": {"name": text_encoder}}}})
-
-
-def write_model(model, folder, text_encoder, dtype=torch.float16):
-    """Write state_dict.bin."""
-    save_whole({"best_state": published_state(model, dtype), "xp.cfg": model_settings(model.config, text_encoder),
-                "version": "1.3.0", "exported": True}, folder / "state_dict.bin")
-
-
 def write_codec(codec, folder):
     """Write a 32 kHz codec in the layout of Hugging Face."""
     c, state = codec.config, codec.model.state_dict()
@@ -75,28 +53,30 @@ def write_codec(codec, folder):
         "use_causal_conv": c.causal, "use_conv_shortcut": not c.true_skip, "pad_mode": c.pad_mode, "normalize": False}))
 
 
-def write_audiocraft_codec(codec, folder):
-    """Write a codec in AudioCraft's own layout, as the sound-effect models have one."""
-    c = asdict(codec.config)
-    seanet = {name: c[name] for name in ("dimension", "n_filters", "lstm", "causal", "true_skip", "pad_mode")}
-    settings = {"sample_rate": c["sample_rate"], "encodec": {"renormalize": False},
-                "seanet": seanet | {"ratios": list(c["ratios"])},
-                "rvq": {"n_q": c["n_codebooks"], "bins": c["codebook_size"]}}
-    save_whole({"best_state": codec.model.state_dict(), "xp.cfg": yaml.safe_dump(settings)}, folder / CODEC_FILE)
-
-
 def write_all(args, folder):
     """Write a model with random weights, its codec and its text encoder, with T5's own tokenizer."""
     torch.manual_seed(0)
     text_encoder = "t5-large" if args.sounds else "t5-base"
     model = MAGNeT(ModelConfig(card=2048, text_dim=T5[text_encoder].d_model, seconds=args.clip, **SIZES[args.size]))
-    write_model(model, folder, text_encoder)
+    codec = Codec(CODEC_16KHZ if args.sounds else CODEC_32KHZ)
+    sampling = SamplingConfig(decoding_steps=(60, 10) if args.clip >= 30 else (20, 10))
     if args.sounds:
-        write_audiocraft_codec(Codec(CODEC_16KHZ), folder)
+        sampling = replace(sampling, temperature=3.5, top_p=0.8, guidance_start=20.0)
+    write_model(model, folder, text_encoder, sampling, codec.sample_rate, codec.frame_rate)
+    if args.sounds:
+        write_audiocraft_codec(codec, folder)
     else:
         save_whole({"pretrained": REPOSITORY}, folder / CODEC_FILE)
-        write_codec(Codec(CODEC_32KHZ), folder / "encodec_32khz")
+        write_codec(codec, folder / "encodec_32khz")
     save_pretrained(T5Encoder(T5[text_encoder], SPIECE), folder / text_encoder)
+
+
+def write_clip(folder, seconds):
+    """Write a clip of noise with a caption, a data set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(seconds * 32_000))
+    soundfile.write(folder / "noise.wav", noise, 32_000)
+    (folder / "noise.txt").write_text("80s driving pop with heavy drums")
 
 
 def main():
@@ -106,6 +86,7 @@ def main():
     parser.add_argument("--clip", type=float, default=10.0, help="length of the training clips in seconds: 10 or 30")
     parser.add_argument("--sounds", action="store_true", help="a sound-effect model: codec at 16 kHz, t5-large")
     parser.add_argument("--steps", type=int, nargs=4, default=[20, 10, 10, 10], help="decoding steps")
+    parser.add_argument("--train", help="fine-tune in place of sampling, with these flags of train.py")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -114,10 +95,16 @@ def main():
         write_all(args, folder)
         # Begin anew: the peak memory of a child counts what its parent held when it was started.
         os.execv(sys.executable, [sys.executable, "-m", "experiments.full_size", *sys.argv[1:]])
+    command = [ROOT / "sample.py", "80s driving pop with heavy drums", "--model", folder, "--out", folder / "out.wav",
+               "--decoding-steps", *map(str, args.steps)]
+    if args.train is not None:
+        write_clip(folder / "data", args.clip)
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        command = [ROOT / "train.py", "--init-from", folder, "--data", folder / "data", "--out", folder / "run",
+                   "--cache", folder / "cache", *"--batch-size 1 --steps 2 --sample-every 0".split(),
+                   *shlex.split(args.train)]
     start = time.perf_counter()
-    subprocess.run([sys.executable, ROOT / "sample.py", "80s driving pop with heavy drums", "--model", folder,
-                    "--out", folder / "out.wav", "--dtype", args.dtype, "--device", "cpu",
-                    "--decoding-steps", *map(str, args.steps)], check=True,
+    subprocess.run([sys.executable, *command, "--dtype", args.dtype, "--device", "cpu"], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,8 +5,12 @@ from support.hub import read_yaml
 FIXED = {  # settings that our network does not vary: name -> (ours, what another value means)
     "codebooks_pattern.delay.flatten_first": (0, "a flattened beginning"),
     "codebooks_pattern.delay.empty_initial": (0, "an empty beginning"),
-    "channels": (1, "a stereo model"), "fuser.sum": ([], "a condition that is added"),
+    "channels": (1, "a stereo model"), "interleave_stereo_codebooks.use": (False, "a stereo model"),
+    "fuser.sum": ([], "a condition that is added"), "fuser.input_interpolate": ([], "a condition that is interpolated"),
     "fuser.prepend": ([], "a melody-conditioned model"), "fuser.cross": (["description"], "another condition"),
+    "conditioners.description.model": ("t5", "a text encoder other than T5"),
+    "conditioners.description.t5.finetune": (False, "a T5 trained with the model"),
+    "conditioners.description.t5.normalize_text": (False, "normalised text"),
     "fuser.cross_attention_pos_emb": (False, "cross_attention_pos_emb"),
     "transformer_lm.positional_embedding": ("sin", "rotary embeddings"),
     "transformer_lm.activation": ("gelu", "another activation"), "transformer_lm.norm": ("layer_norm", "another norm"),
@@ -32,6 +36,7 @@ def read_settings(text, path):
             raise ValueError(f"{other} is not supported: {name} is {settings[name]}, not {ours}")
     model = {ours: settings[f"transformer_lm.{name}"] for name, ours in SHAPE.items()}
     model["seconds"] = float(settings["dataset.segment_duration"])
+    model["text_len"] = settings.get("text_len", 0)  # stands only in what `experiments.export` writes
     sampling_names = MUSICGEN_SAMPLING if settings["transformer_lm.causal"] else MAGNET_SAMPLING
     sampling = {ours: settings[f"generate.lm.{name}"] for name, ours in sampling_names.items()
                 if f"generate.lm.{name}" in settings}

@@ -143,7 +143,7 @@ def portable(settings, folder):
     settings, base = dict(settings), Path(folder).resolve()
     for key in LOCAL:
         path = Path(settings.get(key, "")).resolve()
-        if settings.get(key) not in (None, "toy", "tunes") and path.exists():
+        if settings.get(key) not in (None, "toy", "tunes", "musicbench") and path.exists():
             settings[key] = os.path.relpath(path, base) if base.parent in path.parents else str(path)
     return settings
 

@@ -18,8 +18,9 @@ WEIGHTS = "model.safetensors|model.safetensors.index.json|pytorch_model.bin|pyto
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is faster, above all on hostile text
 
 
-def fetch(repository, *files):
+def fetch(repository, *files, repo_type=None):
     """The folder with a repository's `files`; what is missing is downloaded. "a|b" is satisfied by either file.
+    repo_type: "dataset" where it is one.
 
     A folder of the repository's name ("facebook/encodec_32khz") in the working directory goes before the cache, if it
     holds them all. An index of weights (*.index.json) brings its weights with it. ConnectionError: one line with each
@@ -32,15 +33,16 @@ def fetch(repository, *files):
     if not missing:
         return by_hand
     for file in files:
-        cached = (hub.try_to_load_from_cache(repository, name) for name in file.split("|"))
+        cached = (hub.try_to_load_from_cache(repository, name, repo_type=repo_type) for name in file.split("|"))
         paths[file] = next((Path(path) for path in cached if isinstance(path, str)), None)
     commit = next((path.parent.name for path in paths.values() if path), "main")  # all files of one version
     try:
         for file in files:
             for name in file.split("|") if not paths[file] else ():
                 try:  # The library tries a download for 23 s; this question is asked once, and offline fails at once.
-                    hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, revision=commit))
-                    paths[file] = Path(hub.hf_hub_download(repository, name, revision=commit))
+                    place = {"revision": commit, "repo_type": repo_type}
+                    hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, **place))
+                    paths[file] = Path(hub.hf_hub_download(repository, name, **place))
                     break
                 except hub.errors.EntryNotFoundError:
                     if name == file.split("|")[-1]:
@@ -49,8 +51,8 @@ def fetch(repository, *files):
     except Exception as error:  # the library's errors have no one type over its versions
         reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
     if reason:
-        wanted = [" or ".join(hub.hf_hub_url(repository, name) for name in file.split("|") if "|" not in file or
-                              not name.endswith(".index.json"))  # of weights in parts nobody needs to hear
+        wanted = [" or ".join(hub.hf_hub_url(repository, name, repo_type=repo_type) for name in file.split("|")
+                              if "|" not in file or not name.endswith(".index.json"))  # nobody needs to hear of parts
                   for file in files if (file in missing if by_hand.is_dir() else not paths[file])]
         raise ConnectionError(f"download failed ({reason}); try again, or put {' and '.join(wanted)} into the folder "
                               f"{by_hand.absolute()}")

@@ -63,6 +63,15 @@ def plan_clips(request, prompts):
     return clips
 
 
+def say_settings(config, brought):
+    """Print the settings that a model brings, a dictionary, which are used, and are not the defaults of `config`."""
+    brought = {name: tuple(value) if isinstance(value, list) else value for name, value in brought.items()}
+    used = [f"{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+            for name, value in vars(config).items() if brought.get(name) == value != getattr(type(config)(), name)]
+    if used:
+        say(f"settings of the model: {', '.join(used)}")
+
+
 def known_codes(request, codec, seconds, mask_id):
     """What is there before decoding: codes (1, K, T), masked where something is to be made, and the samples in all."""
     if request.inpaint is not None:

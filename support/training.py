@@ -68,7 +68,8 @@ class Run:
         """validate(model, clips, device, amp) -> {codebook: {kind: nats}}, for `kinds`; state: a checkpoint to go on
         from."""
         self.flags, self.config, self.companions, self.device = flags, config, companions, device
-        self.model, self.ema = model, copy.deepcopy(model).eval().requires_grad_(False)
+        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+        self.model, self.ema = model, copy.deepcopy(model, frozen).eval().requires_grad_(False)  # which it shares
         self.network = torch.compile(model) if flags.compile else model
         if WORLD > 1:  # gradients are averaged over the processes
             self.network = DistributedDataParallel(self.network, find_unused_parameters=True)

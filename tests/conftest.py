@@ -23,6 +23,7 @@ from support.cli import run
 
 DATA = Path(__file__).parent / "data"
 torch.set_num_threads(1)  # so that a busy machine slows nothing down tenfold
+os.environ["OMP_NUM_THREADS"] = "1"  # nor the processes that tests start
 
 
 def pytest_addoption(parser):
@@ -228,19 +229,15 @@ def assert_one_line(ended, *words):
         assert word in lines[0]
 
 
-@pytest.fixture
-def full_disk():
-    """`with full_disk(size):` no file can be written beyond so many bytes, as on a disk with no more room."""
-    @contextmanager
-    def full_disk(size):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return full_disk
+@contextmanager
+def full_disk(size):
+    """In its `with`, no file can be written beyond so many bytes, as on a disk with no more room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --------------------------------------------------------------------------------------------------- tiny training runs

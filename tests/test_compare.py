@@ -4,12 +4,11 @@ import dataclasses
 import sys
 
 import pytest
-import torch
 
 from encodec_wrap import load_codec
 from experiments import compare
 from experiments.ablations import read_rows
-from experiments.compare import PROMPTS, SPLITS, WEIGHTS, crossings, paired_difference, quality_cells
+from experiments.compare import PROMPTS, SPLITS, WEIGHTS, crossings, paired_difference
 from sample import SamplingConfig
 from support.files import fingerprint, save_whole
 from t5_encoder import T5Encoder
@@ -42,12 +41,6 @@ def tiny_models(tmp_path, make_magnet):
                    tmp_path / f"{kind}.pt")
         flags += [f"--{kind}", str(tmp_path / f"{kind}.pt")]
     return " ".join(flags)
-
-
-def test_quality_cells_are_all_that_the_models_allow():
-    assert len({cell[:2] for cell in quality_cells(MODELS)}) == len(quality_cells(MODELS)) == 6 + 3
-    assert {model for _, _, model, _, _ in quality_cells({"magnet": "m"})} == {"m"}
-    assert all(weight == 0 for *_, weight in quality_cells({"magnet": "m", "hybrid": "h"})), "nothing to rescore with"
 
 
 def test_quality_plays_and_judges_every_cell_once_and_is_drawn(call, tiny_models, monkeypatch):
@@ -102,13 +95,6 @@ def test_differences_are_told_for_each_rescorer_weight_and_for_a_hybrid_used_in_
         "hybrid 4 s against autoregressive: +20.0 points (+20.0 to +20.0)"]
 
 
-def test_the_table_of_quality_takes_the_seeds_of_a_cell_together(capsys):
-    both = {"method": "MAGNeT", "setting": "w 0.5", "n_prompts": "100", "overall_unseen": "0.5", "frechet": "20",
-            "seconds_per_clip": "2"}
-    compare.print_quality([both | {"overall_seen": "0.8"}, both | {"overall_seen": "0.9"}])
-    assert capsys.readouterr().out.splitlines()[2] == "| MAGNeT | w 0.5 | 85.0% (77%-91%) | 50.0% (40%-60%) | 20 | 2 |"
-
-
 def test_latency_times_both_ways_of_decoding_once_and_is_drawn(call, monkeypatch, capsys):
     flags = "latency --shape tiny --batches 1 2 --lengths 0.2 0.4 --repeats 1 --dtype fp32"
     rows = read_rows(call(flags) / "latency.csv")
@@ -142,13 +128,6 @@ def test_the_table_of_latency_is_of_seconds_per_clip(capsys):
     for seconds, words in ((8, "MAGNeT ahead"), (0.5, "autoregressive ahead")):
         compare.print_latency([*rows[:2], row("ar", 1, seconds), row("ar", 4, seconds)])
         assert capsys.readouterr().out.endswith(f"| {words} |\n")
-
-
-def test_seconds_are_the_median_after_a_warm_up(make_magnet, monkeypatch):
-    clock = iter([0, 100, 100, 101, 101, 104, 104, 106])  # 100 to warm up, then 1, 3 and 2
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(compare, "generate", lambda *_, **__: torch.zeros(1))
-    assert compare.seconds_of(make_magnet(), None, 1, 5, 3) == 2
 
 
 def test_compare_says_what_is_missing_or_wrong(call, tiny_models, tmp_path):

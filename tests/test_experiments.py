@@ -64,23 +64,6 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(tmp_pat
     assert row in capsys.readouterr().out.splitlines()
 
 
-def test_settings_that_two_experiments_share_are_played_once(tmp_path, monkeypatch):
-    configs = []
-
-    def measure(model, config, seed, args):
-        configs.append(str(config))
-        return {"overall_seen": len(configs) / 100}
-
-    monkeypatch.setattr(ablations, "measure", measure)
-    monkeypatch.setattr(ablations, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ablations.py", *SAMPLING_CELLS, "--seeds", "0"])
-    ablations.main()
-    assert len(configs) == len(set(configs))
-    own = {read_rows(tmp_path / f"{name}.csv")[i]["overall_seen"] for name, i in
-           (("guidance", 3), ("steps", 4), ("sampling", 2), ("order", 0))}
-    assert len(own) == 1, "the model's own settings are a cell of each"
-
-
 def test_spans_train_once_and_go_on_where_they_were_cut(tmp_path, monkeypatch):
     commands = []
 
@@ -128,7 +111,8 @@ def test_full_size_models_are_laid_out_as_published_and_load_back(sounds, tmp_pa
     model, codec, encoder = sorted(written, key=lambda module: ("MAGNeT", "Codec", "T5Encoder").index(
         type(module).__name__))
     loaded, companions = load_model(tmp_path / "model")
-    assert loaded.config == model.config and companions.sampling == {"schedule": "released"}
+    assert loaded.config == model.config and companions.sampling["schedule"] == "released"
+    assert companions.sampling["temperature"] == (3.5 if sounds else 3.0)
     back = load_codec(companions.codec)
     assert back.config == codec.config and back.sample_rate == (16_000 if sounds else 32_000)
     assert companions.text_encoder == str(tmp_path / "model" / ("t5-large" if sounds else "t5-base"))

@@ -23,6 +23,7 @@ from support.files import Companions
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_weighs_values_by_the_softmax_of_scaled_products(dtype):
     """q k / sqrt(D) is ln 3 for the first key and 0 for the second (D = 4): weights 3/4 and 1/4. In half precision, and
@@ -359,16 +360,13 @@ def test_load_model_finds_codec_and_text_encoder_that_lie_beside_it(tmp_path):
 def test_load_model_fetches_a_published_model(local_hub):
     folder = local_hub.folder / "facebook/magnet-small-10secs"
     folder.mkdir(parents=True)
+    with pytest.raises(ConnectionError, match="magnet-small-10secs/resolve/main/state_dict.bin") as error:
+        load_model("facebook/magnet-small-10secs")
+    assert "\n" not in str(error.value), "one line names what is missing"
     shutil.copy(DATA / "magnet_tiny_state_dict.bin", folder / "state_dict.bin")
     (folder / "compression_state_dict.bin").touch()
     model, companions = load_model("facebook/magnet-small-10secs")
     assert model.config.card == 64 and Path(companions.codec).is_file()
-
-
-def test_load_model_offline_names_what_is_missing(offline):
-    with pytest.raises(ConnectionError, match="magnet-small-10secs/resolve/main/state_dict.bin") as error:
-        load_model("facebook/magnet-small-10secs")
-    assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="unknown model 'my-model': want a training run.*toy, .*musicgen-large"):
         load_model("my-model")
 
@@ -391,18 +389,12 @@ HEAD, CROSS = "linears.3.weight", "transformer.layers.0.cross_attention.in_proj_
 BAD_FILES = {  # name: (content, what the message says)
     "a tensor too few": (with_tensor(HEAD, lambda x: None), "tensor heads.3.weight is missing"),
     "no text attention": (with_tensor(CROSS, lambda x: None), "tensor blocks.0.cross_attn.kv.weight is missing"),
-    "a tensor too many": (with_tensor("linears.4.weight", lambda x: torch.zeros(1)), "heads.4.weight is unexpected"),
     "a tensor transposed": (with_tensor("transformer.layers.1.linear1.weight", lambda x: x.T),
                             r"blocks.1.linear1.weight has shape \(64, 256\), want \(256, 64\)"),
-    "not a number": (with_tensor(HEAD, lambda x: x * torch.nan), "heads.3.weight holds numbers that are not finite"),
     "a setting too few": (with_settings("subcodes_context", "other"), "it lacks 'transformer_lm.subcodes_context'"),
     "another activation": (with_settings("activation: gelu", "activation: relu"), "another activation is not support"),
     "other delays": (with_settings("[0, 1, 2, 3]", "[0, 0, 1, 1]", "musicgen_tiny_state_dict.bin"), "not delayed by"),
-    "heads that do not share the width": (with_settings("num_heads: 4", "num_heads: 5"), "dim must be even"),
     "a text encoder": (lambda: read("t5_tiny_pytorch_model.bin"), "it lacks 'model_config'"),
-    "a list": (lambda: [1, 2], "it holds a list"),
-    "weights that are none": (lambda: {"model_config": {}, "ema": {"a": 3}, "codec": "", "text_encoder": ""},
-                              "not plain tensors"),
     "a config of another version": (lambda: {"model_config": {"n_experts": 8}, "ema": {}}, "'n_experts'"),
     "code": (lambda: {"best_state": RunsCode(), "xp.cfg": ""}, "cannot be read"),
 }

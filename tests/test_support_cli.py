@@ -42,15 +42,12 @@ class Example(Config):
     begin: float = option(None, "nothing or a number", low=0, flag="--from")
 
 
-# --------------------------------------------------------------------------------------------------------------- Config
-
 @pytest.mark.parametrize("field, value, wanted", [
     ("whole", 0, "whole number at least 1 and at most 9, not 0"), ("whole", 10, "at most 9"), ("whole", 2.0, "whole"),
     ("whole", True, "whole number"), ("whole", "3", "whole number"), ("whole", None, "whole number"),
-    ("share", 0, "number above 0 and at most 1, not 0"), ("share", math.nan, "not nan"), ("share", math.inf, "not inf"),
-    ("share", [0.5], "number"), ("name", "c", "a or b, not 'c'"), ("name", ["a"], "a or b"), ("is_on", 1, "True or F"),
-    ("many_steps", (1, 0), "whole numbers at least 1"), ("many_steps", (), "whole numbers"), ("many_steps", 5, "whole"),
-    ("many_steps", (1, "2"), "whole numbers"), ("begin", -1, "at least 0"), ("begin", {}, "number at least 0")])
+    ("share", 0, "number above 0 and at most 1, not 0"), ("share", math.nan, "not nan"), ("name", "c", "a or b"),
+    ("is_on", 1, "True or F"), ("many_steps", (1, 0), "whole numbers at least 1"), ("many_steps", (), "whole numbers"),
+    ("many_steps", 5, "whole"), ("begin", -1, "at least 0"), ("begin", {}, "number at least 0")])
 def test_config_names_the_field_that_is_wrong_and_says_what_would_be_right(field, value, wanted):
     with pytest.raises(ValueError, match=f"^{field} must be .*{wanted}"):
         Example(**{field: value})
@@ -73,8 +70,6 @@ def test_config_classes_explain_every_field_and_bound_every_number(config_class)
                 config_class(**{field.name: (math.nan,) if many else math.nan})
 
 
-# ---------------------------------------------------------------------------------------------------------------- flags
-
 def parse(config, *arguments):
     parser = Parser()
     add_flags(parser, type(config))
@@ -93,12 +88,10 @@ def test_from_flags_keeps_what_is_not_given_and_a_flag_with_the_default_value_go
     assert parse(stored, "--whole", "3") == dataclasses.replace(stored, whole=3), "3 is given, though it is the default"
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--whole", "x"], ["--whole", "10"], ["--whole=--"], ["--name", "c"], ["--many-steps"], ["--share"],
-    ["--share", "inf"], ["--share", "0.5\nrm"], ["--whole", "4294967296"], ["--nonsense"]])
-def test_add_flags_refuses_a_value_of_another_kind_out_of_bounds_or_none(arguments):
-    with pytest.raises(ValueError, match=arguments[0].strip("-=").replace("-", ".")):
-        parse(Example(), *arguments)
+def test_add_flags_refuses_a_value_of_another_kind_out_of_bounds_or_none():
+    for arguments in (["--whole", "x"], ["--whole", "10"], ["--whole=--"], ["--many-steps"], ["--share", "0.5\nrm"]):
+        with pytest.raises(ValueError, match=arguments[0].strip("-=")):
+            parse(Example(), *arguments)
 
 
 @pytest.mark.parametrize("module, classes", [(sample, (Request, SamplingConfig)), (train, (RunConfig, TrainConfig))])
@@ -110,8 +103,6 @@ def test_help_explains_the_flag_of_every_field(module, classes, call):
         assert (field.metadata["flag"] or "--" + field.name.replace("_", "-")) in text, field.name
         assert field.metadata["help"].split()[0] in text
 
-
-# -------------------------------------------------------------------------------------------------------------- devices
 
 def test_pick_device_prefers_cuda_then_mps_then_the_cpu(monkeypatch):
     have = {"cuda": True, "mps": True}
@@ -137,39 +128,20 @@ def test_pick_dtype_takes_what_is_asked_and_on_a_cpu_bfloat16_only_where_it_is_f
         assert pick_dtype("auto", cpu) == dtype
 
 
-# --------------------------------------------------------------------------------------------------- how a command ends
-
-def end_with(error, capsys):
-    def main():
-        raise error
+def test_run_ends_a_stop_with_the_code_of_its_signal_and_hides_no_bug(capsys):
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end:
-        cli.run(main)
+    for error, code in ((KeyboardInterrupt(), 130), (KeyboardInterrupt(signal.SIGTERM), 143), (ZeroDivisionError(), 0)):
+        def main(error=error):
+            raise error
+        with pytest.raises((SystemExit, ZeroDivisionError)) as end:
+            cli.run(main)
+        assert getattr(end.value, "code", 0) == code and capsys.readouterr().err == ("stopped\n" if code else "")
     signal.signal(signal.SIGTERM, handler)
-    return Ended(end.value.code, *capsys.readouterr())
-
-
-@pytest.mark.parametrize("error", [ValueError("no\nsuch\r\n thing"), OSError(28, "No such thing")])
-def test_run_ends_bad_input_with_one_line_and_code_2(error, capsys):
-    assert_one_line(end_with(error, capsys), "o such thing")
-
-
-@pytest.mark.parametrize("stop, code", [(KeyboardInterrupt(), 130), (KeyboardInterrupt(signal.SIGTERM), 143)])
-def test_run_ends_a_stop_with_the_code_of_its_signal(stop, code, capsys):
-    ended = end_with(stop, capsys)
-    assert ended.code == code and ended.err == "stopped\n"
 
 
 def test_run_tells_a_warning_in_one_line(call):
     ended = call(SimpleNamespace(__name__="play", main=lambda: warnings.warn("it ends\nearly", stacklevel=1)))
     assert (ended.code, ended.err) == (0, "play.py: warning: it ends early\n")
-
-
-def test_run_does_not_hide_a_bug():
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ZeroDivisionError):
-        cli.run(lambda: 1 / 0)
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize("command, words", [

@@ -1,7 +1,7 @@
 """What data sets and their caches promise: all that is found is used or listed; everything is encoded once.
 
-Read in this order: the sources (what is read, what is skipped, that it adds up), cutting, the cache, the files that are
-held out, batches. Most tests write a few small WAVs and read them through the toy codec and the toy text encoder.
+In this order: what is read and skipped, cutting, the cache, files that are held out, batches. Most tests write a few
+small WAVs and read them through the toy codec and the toy text encoder.
 """
 
 import json
@@ -18,7 +18,6 @@ import soundfile
 import torch
 
 from encodec_wrap import load_codec
-from model import MAGNeT, ModelConfig
 from support import data
 from support.data import Clips, Entry, cut_clips, encode_audio, fill_cache, load_data
 from t5_encoder import T5Encoder
@@ -81,8 +80,6 @@ def captions_of(clips, encoder, *captions):
     texts = [clips.text[i] for i in clips.caption]
     return [next(c for c, e in known.items() if e.shape == t.shape and torch.allclose(e, t, atol=1e-2)) for t in texts]
 
-
-# -------------------------------------------------------------------------------------------------------------- sources
 
 def test_load_data_reads_a_folder_of_any_audio_with_its_sub_folders_and_both_kinds_of_captions(load, encoder, music):
     write_tone(music / "a.wav", "a slow flute\n")
@@ -187,38 +184,35 @@ def test_load_data_lists_bad_lines_of_a_manifest_by_number(load, music, capsys):
     write_tone(music / "a.wav")
     lines = ['\ufeff{"location": "a.wav", "main_caption": "one\u2028two\x85"}', "{", "[1]", '{"location": "a.wav"}',
              '{"main_caption": "x"}', '{"location": "b.wav", "main_caption": "x"}', "[" * 100_000,
-             '{"location": "/dev/zero", "main_caption": "x"}', '{"location": "a.wav", "main_caption": "\udce9"}']
+             '{"location": "a.wav", "main_caption": "\udce9"}']
     (music / "list.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
     assert len(load(music / "list.jsonl")[0]) == 1
     out = capsys.readouterr().out
-    assert all(out.count(f"list.jsonl:{number}: ") == 1 for number in range(2, 10))
-    assert "list.jsonl: 9 found = 1 encoded + 0 captions + 8 skipped" in out
+    assert all(out.count(f"list.jsonl:{number}: ") == 1 for number in range(2, 9))
+    assert "list.jsonl: 8 found = 1 encoded + 0 captions + 7 skipped" in out
 
 
-@pytest.mark.parametrize("name, problem", [
-    ("nothing", "no such data set"), ("empty", "the data set is empty"), ("noise", "the data set is empty"),
-    ("song.wav", "is not a JSON-lines manifest")])
-def test_load_data_names_a_data_set_that_cannot_be_used(load, music, name, problem):
+def test_load_data_names_a_data_set_that_cannot_be_used(load, music):
     (music / "empty").mkdir()
     write_tone(music / "song.wav")
     (music / "noise").mkdir()
     (music / "noise" / "noise.wav").write_text("not music")
-    with pytest.raises(ValueError, match=f"{name}: {problem}"):
-        load(music / name)
+    for name, problem in (("nothing", "no such data set"), ("empty", "the data set is empty"),
+                          ("noise", "the data set is empty"), ("song.wav", "is not a JSON-lines manifest")):
+        with pytest.raises(ValueError, match=f"{name}: {problem}"):
+            load(music / name)
 
 
-# -------------------------------------------------------------------------------------------------------------- cutting
-
-@pytest.mark.parametrize("samples, kept", [
-    (1, [1]), (9, [9]), (99, [99]), (100, [100]), (109, [100]), (110, [100, 10]), (200, [100, 100]),
-    (205, [100, 100]), (299, [100, 100, 99])])
-@pytest.mark.parametrize("block", [30, 1000])
-def test_cut_clips_keeps_all_in_order_but_a_small_rest(samples, kept, block):
-    wav = np.arange(1, samples + 1, dtype=np.float32)
-    clips, lengths = zip(*cut_clips([wav[i:i + block] for i in range(0, samples, block)], 100), strict=True)
-    assert list(lengths) == kept and all(clip.shape == (100,) for clip in clips)
-    assert np.array_equal(np.concatenate(clips)[:sum(kept)], wav[:sum(kept)])
-    assert not np.concatenate(clips)[sum(kept):].any(), "the last is padded with zeros"
+def test_cut_clips_keeps_all_in_order_but_a_small_rest():
+    for samples, kept in ((1, [1]), (100, [100]), (109, [100]), (110, [100, 10]), (205, [100, 100]),
+                          (299, [100, 100, 99])):
+        wav = np.arange(1, samples + 1, dtype=np.float32)
+        for block in (30, 1000):
+            clips, lengths = zip(*cut_clips([wav[i:i + block] for i in range(0, samples, block)], 100), strict=True)
+            assert list(lengths) == kept and all(clip.shape == (100,) for clip in clips), f"of {samples} samples"
+            joined = np.concatenate(clips)
+            assert np.array_equal(joined[:sum(kept)], wav[:sum(kept)])
+            assert not joined[sum(kept):].any(), "the last is padded with zeros"
 
 
 def test_load_data_gives_the_codes_of_each_piece_and_its_caption_to_all_of_them(load, codec, music):
@@ -242,8 +236,6 @@ def test_encode_audio_reads_a_long_recording_no_further_than_it_encodes(codec, m
     assert len(read) <= 2 * data.BATCH + 1
 
 
-# ------------------------------------------------------------------------------------------------------------ the cache
-
 @pytest.fixture
 def three_files(music):
     for i, caption in enumerate(["a slow flute", "a fast bell", " a slow flute\n"]):
@@ -257,25 +249,22 @@ def cache_files(tmp_path):
 
 def test_load_data_encodes_only_what_is_new(load, codec, encoder, three_files):
     first, _ = load(three_files)
-    assert (codec.encode.rows, encoder.encode_text.rows) == (3, 2)
+    assert (codec.encode.rows, encoder.encode_text.rows) == (3, 2), "two of the captions are alike"
     second, _ = load(three_files)
     assert (codec.encode.rows, encoder.encode_text.rows) == (3, 2)
     assert torch.equal(first.codes, second.codes) and first.fingerprint == second.fingerprint
-    assert all(torch.equal(a, b) for a, b in zip(first.text, second.text, strict=True))
     write_tone(three_files / "3.wav", "a low organ", hertz=700)
     shutil.copy(three_files / "0.wav", three_files / "copy.wav")
     (three_files / "copy.txt").write_text("a fast bell")
     third, _ = load(three_files)
     assert len(third) == 5 and (codec.encode.rows, encoder.encode_text.rows) == (4, 3)
-    assert torch.equal(third.codes[0], third.codes[4])
-
-
-def test_load_data_encodes_a_file_again_when_its_content_changes(load, codec, three_files):
-    before, _ = load(three_files)
+    assert torch.equal(third.codes[0], third.codes[4]), "the same sound is the same entry"
     write_tone(three_files / "1.wav", hertz=900)
-    after, _ = load(three_files)
-    assert codec.encode.rows == 4
-    assert [torch.equal(a, b) for a, b in zip(before.codes, after.codes, strict=True)] == [True, False, True]
+    fourth, _ = load(three_files)
+    same = [torch.equal(a, b) for a, b in zip(third.codes, fourth.codes, strict=True)]
+    assert same == [True, False, True, True, True] and fourth.fingerprint != third.fingerprint
+    (three_files / "2.txt").write_text("a slower flute")
+    assert load(three_files)[0].fingerprint != fourth.fingerprint, "another caption is another data set"
 
 
 def test_load_data_encodes_again_for_other_seconds_codebooks_or_weights(load, codec, encoder, three_files):
@@ -294,52 +283,32 @@ def test_load_data_encodes_again_for_other_seconds_codebooks_or_weights(load, co
     assert codec.encode.rows == 9, "the other caches are still there"
 
 
-def test_clips_fingerprint_tells_a_changed_data_set(load, three_files):
-    before = load(three_files)[0].fingerprint
-    (three_files / "2.txt").write_text("a slower flute")
-    caption = load(three_files)[0].fingerprint
-    write_tone(three_files / "2.wav", hertz=900)
-    assert len({before, caption, load(three_files)[0].fingerprint}) == 3
-
-
-@pytest.mark.parametrize("how", ["cut", "garbage", "empty", "one bit"])
+@pytest.mark.parametrize("how", ["cut", "empty", "one bit"])
 def test_load_data_makes_a_damaged_cache_again_and_says_so(load, codec, three_files, tmp_path, capsys, how):
-    before, _ = load(three_files)
-    for file in cache_files(tmp_path):
-        content = bytearray(file.read_bytes())
-        first = bytes(torch.load(file, weights_only=True).popitem()[1][0].numpy().tobytes()[:16])
-        flipped = bytearray(content)
-        flipped[content.find(first)] ^= 1
-        file.unlink()
-        file.write_bytes({"cut": content[:len(content) // 2], "garbage": b"garbage", "empty": b"",
-                          "one bit": flipped}[how])
-    after, _ = load(three_files)
+    before, files = load(three_files)[0], cache_files(tmp_path)
+    for file in files:
+        content, first = bytearray(file.read_bytes()), torch.load(file, weights_only=True).popitem()[1][0]
+        if how == "one bit":
+            content[content.find(first.numpy().tobytes()[:16])] ^= 1
+        file.write_bytes(content[:{"cut": len(content) // 2, "empty": 0}.get(how)])
+    after, out = load(three_files)[0], capsys.readouterr().out
     assert torch.equal(before.codes, after.codes) and codec.encode.rows == 6
-    out = capsys.readouterr().out
-    assert len(cache_files(tmp_path)) == 2 and all(f"{file}: " in out for file in cache_files(tmp_path))
+    assert cache_files(tmp_path) == files and all(f"{file}: " in out for file in files)
     load(three_files)
     assert codec.encode.rows == 6
 
 
-@pytest.mark.parametrize("how", [KeyboardInterrupt, OSError, RuntimeError])
-def test_fill_cache_keeps_what_was_made_before_an_error_or_a_stop(tmp_path, how):
+def test_fill_cache_keeps_what_was_made_before_an_error_or_a_stop(tmp_path):
     def make(keys):
         for key in keys:
             if key == 3:
                 raise how("stopped")
             yield key, torch.tensor(key)
 
-    with pytest.raises(how, match="stopped"):
-        fill_cache(tmp_path / "cache.pt", range(5), make)
-    assert set(fill_cache(tmp_path / "cache.pt", [], lambda keys: ())) == {0, 1, 2}
-
-
-def test_fill_cache_saves_from_time_to_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SAVE_SECONDS", -1.0)  # as if each entry took longer than that
-    stored = []
-    fill_cache(tmp_path / "cache.pt", range(3), lambda keys: (
-        stored.append(len(data.store(tmp_path / "cache.pt", {}))) or (key, key) for key in keys))
-    assert stored[:2] == [0, 1] and set(data.store(tmp_path / "cache.pt", {})) == {0, 1, 2}
+    for how in (KeyboardInterrupt, OSError):
+        with pytest.raises(how, match="stopped"):
+            fill_cache(tmp_path / f"{how}.pt", range(5), make)
+        assert set(data.store(tmp_path / f"{how}.pt", {})) == {0, 1, 2}
 
 
 def test_fill_cache_of_two_processes_keeps_the_entries_of_both(tmp_path):
@@ -355,40 +324,24 @@ def test_fill_cache_of_two_processes_keeps_the_entries_of_both(tmp_path):
     assert set(data.store(tmp_path / "cache.pt", {})) == {f"{name}-{i}" for name in "ab" for i in range(12)}
 
 
-def test_fill_cache_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path, full_disk):
-    path = tmp_path / "cache.pt"
-    fill_cache(path, ["old"], lambda keys: [("old", torch.zeros(9))])
-    with full_disk(100_000), pytest.raises(OSError, match="cache.pt: could not be written"):
-        fill_cache(path, ["new"], lambda keys: [("new", torch.zeros(10**6))])
-    assert set(data.store(path, {})) == {"old"} and not list(tmp_path.glob(".*.tmp"))
+def test_load_data_holds_out_whole_files_always_the_same_whatever_is_beside_them(load, music):
+    def write(numbers):
+        for i in numbers:
+            write_tone(music / f"{random.Random(i).random()}.wav", "very " * i, seconds=1, hertz=200 + 10 * i)
 
+    def parts():
+        return [{tuple(text.flatten().tolist()) for text in clips.text} for clips in load(music, valid_share=0.4)]
 
-# ------------------------------------------------------------------------------------------------------------ splitting
-
-def songs(folder, numbers):
-    for i in numbers:
-        write_tone(folder / f"{random.Random(i).random()}.wav", "very " * i + "slow", seconds=1, hertz=200 + 10 * i)
-
-
-def texts(clips):
-    return {tuple(text.flatten().tolist()) for text in clips.text}
-
-
-def test_load_data_holds_out_whole_files_of_which_no_clip_is_trained_on(load, music):
-    songs(music, range(16))
-    train, valid = load(music, valid_share=0.5)
+    write(range(16))
+    train, valid = load(music, valid_share=0.4)
     assert len(train.codes) + len(valid.codes) == 32 and 0 < len(valid.codes) < 32 and len(valid.codes) % 2 == 0
-    assert not texts(train) & texts(valid) and len(texts(train) | texts(valid)) == 16
-
-
-def test_load_data_holds_a_file_out_or_not_whatever_is_beside_it(load, music):
-    songs(music, range(16))
-    train, valid = load(music, valid_share=0.3)
-    songs(music, range(16, 32))
+    before = parts()
+    assert not before[0] & before[1] and len(before[0] | before[1]) == 16
+    write(range(16, 24))
     for path in sorted(music.glob("*.wav"))[::3]:
         path.unlink()
-    for part, other in zip(load(music, valid_share=0.3), (valid, train), strict=True):
-        assert not texts(part) & texts(other)
+    after = parts()
+    assert not after[0] & before[1] and not after[1] & before[0], "a file has changed sides"
 
 
 def test_load_data_validates_a_small_data_set_on_itself_and_says_so(load, three_files, capsys):
@@ -397,17 +350,6 @@ def test_load_data_validates_a_small_data_set_on_itself_and_says_so(load, three_
         assert len(train.codes) == 3 and torch.equal(train.codes, valid.codes)
         assert "validating on the training clips" in capsys.readouterr().out
 
-
-def test_load_data_takes_entries_that_are_no_files(load):
-    def bad(tell):
-        raise ValueError("no power")
-
-    entries = [Entry(f"wave {i}", f"{i}", lambda tell, i=i: [np.full(8000, i / 10, np.float32)], "x") for i in range(3)]
-    train, valid = load("waves", entries=(entries[:2], [entries[2], Entry("off", "off", bad, "y")]))
-    assert (len(train.codes), len(valid.codes)) == (2, 1) and not torch.equal(train.codes[0], train.codes[1])
-
-
-# -------------------------------------------------------------------------------------------------------------- batches
 
 @pytest.fixture
 def clips():
@@ -426,19 +368,4 @@ def test_batch_gives_the_rows_asked_for_and_pads_texts_with_zeros_which_the_mask
     assert not text[1, 2:].any() and not text[2].any()
     assert mask.tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
     assert valid.tolist() == [[True, True] + [False] * 5, [True] * 7, [True] * 7], "False at padding"
-
-
-@pytest.mark.parametrize("rows", [[1], [1, 1, 1]])
-def test_batch_of_empty_captions_is_the_null_condition_of_the_model(clips, rows):
-    codes, text, mask, _ = clips.batch(torch.tensor(rows)).values()
-    assert not mask.any()
-    model = MAGNeT(ModelConfig(card=16, dim=32, n_heads=2, n_layers=2, text_dim=8)).eval()
-    logits = model(codes, 0, text, mask)
-    torch.testing.assert_close(logits, model(codes, 0))
-    logits.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), "can be trained on"
-
-
-def test_load_data_gives_an_empty_caption_no_tokens(load, music):
-    write_tone(music / "a.wav", "")
-    assert [tuple(text.shape) for text in load(music)[0].text] == [(0, 64)]
+    assert not clips.batch(torch.tensor([1]))["text_mask"].any(), "of empty captions only"

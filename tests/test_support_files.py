@@ -11,20 +11,12 @@ import time
 
 import pytest
 import torch
+from conftest import full_disk
 from safetensors.torch import save_file
 from torch import nn
 
-from support.files import (
-    STALE,
-    Companions,
-    fingerprint,
-    load_strictly,
-    read_checkpoint,
-    save_whole,
-    whole_file,
-)
+from support.files import STALE, Companions, fingerprint, load_strictly, read_checkpoint, save_whole, whole_file
 
-# -------------------------------------------------------------------------------------------------------------- writing
 
 def test_whole_file_takes_its_name_at_the_end_only(tmp_path):
     path = tmp_path / "new" / "file.txt"
@@ -34,13 +26,13 @@ def test_whole_file_takes_its_name_at_the_end_only(tmp_path):
     assert path.read_text() == "whole" and os.listdir(path.parent) == ["file.txt"]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_whole_file_keeps_the_old_file_and_no_other_after_an_error_or_a_stop(error, tmp_path):
+def test_whole_file_keeps_the_old_file_and_no_other_after_an_error_or_a_stop(tmp_path):
     (tmp_path / "file.txt").write_text("old")
-    with pytest.raises(error), whole_file(tmp_path / "file.txt") as temporary:
-        temporary.write_text("half")
-        raise error
-    assert (tmp_path / "file.txt").read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), whole_file(tmp_path / "file.txt") as temporary:
+            temporary.write_text("half")
+            raise error
+        assert (tmp_path / "file.txt").read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
 
 
 def test_whole_file_removes_what_killed_processes_left_behind_but_nothing_fresh_and_no_other_file(tmp_path):
@@ -54,15 +46,13 @@ def test_whole_file_removes_what_killed_processes_left_behind_but_nothing_fresh_
     assert not old.exists() and fresh.exists() and other.exists()
 
 
-def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path, full_disk):
+def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_whole({"a": 1}, path)
     with pytest.raises(OSError, match="checkpoint.pt: could not be written, what was there is kept"), full_disk(50_000):
         save_whole({"a": torch.zeros(100_000)}, path)
     assert read_checkpoint(path) == {"a": 1} and os.listdir(tmp_path) == ["checkpoint.pt"]
 
-
-# -------------------------------------------------------------------------------------------------------------- reading
 
 @pytest.fixture
 def weights():
@@ -88,18 +78,16 @@ def test_read_checkpoint_notices_one_flipped_bit_wherever_it_lies(weights, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("content", ["cut", b"", b"hello", b"PK\3\4" + bytes(99), "code", "list"])
-def test_read_checkpoint_names_a_file_that_is_damaged_or_something_else(content, weights, tmp_path):
+def test_read_checkpoint_names_a_file_that_is_damaged_or_something_else(weights, tmp_path):
+    """Cut, empty, text, the beginning of a zip, a pickle that would run a program, and a list."""
     path = tmp_path / "a.pt"
-    save_whole(weights if content == "cut" else [1], path)
-    if content == "cut":
-        path.write_bytes(path.read_bytes()[:-900])
-    elif content == "code":
-        path.write_bytes(pickle.dumps(os.system))  # reading it must not run it
-    elif content != "list":
+    save_whole(weights, path)
+    cut = path.read_bytes()[:-900]
+    save_whole([1], path)
+    for content in (cut, b"", b"hello", b"PK\3\4" + bytes(99), pickle.dumps(os.system), path.read_bytes()):
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="a.pt: (cannot be read: it )?is damaged or something else"):
-        read_checkpoint(path, keys=("weight",))
+        with pytest.raises(ValueError, match="a.pt: (cannot be read: it )?is damaged or something else"):
+            read_checkpoint(path, keys=("weight",))
 
 
 def test_read_checkpoint_names_the_keys_that_are_missing(weights, tmp_path):
@@ -117,29 +105,26 @@ def test_read_checkpoint_reads_safetensors_and_the_shards_of_an_index_too(weight
     assert content.keys() == weights.keys() and all(content[name].equal(weights[name]) for name in weights)
 
 
-# --------------------------------------------------------------------------------------------------- weights of a model
-
-def bad(name, change):
-    return pytest.param(change, name, id=name.replace(" ", "-"))
+BAD = {  # what is done to the weight: what the message says
+    "bias is missing": (lambda w: {"bias": ...}, "tensor bias is missing"),
+    "one too many": (lambda w: {"more": w}, "tensor more is unexpected"),
+    "transposed": (lambda w: {"weight": w.T}, "has shape .40, 30., want .30, 40."),
+    "a list": (lambda w: {"weight": [1.0]}, "not plain"), "infinity": (lambda w: {"weight": w / 0}, "not finite"),
+    "sparse": (lambda w: {"weight": w.to_sparse()}, "plain tensors by name"),
+    "quantised": (lambda w: {"weight": torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)}, "plain tensors"),
+    "complex": (lambda w: {"weight": w.to(torch.complex64)}, "plain tensors"),
+    "nowhere": (lambda w: {"weight": w.to("meta")}, "plain tensor"), "no name": (lambda w: {3: w}, "not plain"),
+    "whole numbers": (lambda w: {"weight": w.to(torch.int8)}, "of type torch.int8"),
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about sparse and quantised tensors
-@pytest.mark.parametrize("change, message", [
-    bad("tensor bias is missing", lambda w: {"weight": w}), bad("tensor more is unexpected", lambda w: {"more": w}),
-    bad("has shape .40, 30., want .30, 40.", lambda w: {"weight": w.T}), bad("not plain", lambda w: {"weight": [1.0]}),
-    bad("not finite", lambda w: {"weight": w.index_fill(0, torch.tensor([3]), torch.nan)}),
-    bad("not finite ", lambda w: {"weight": w / 0}), bad("plain tensors by name", lambda w: {"weight": w.to_sparse()}),
-    bad("plain tensors ", lambda w: {"weight": torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)}),
-    bad("plain  *tensors", lambda w: {"weight": w.to(torch.complex64)}),
-    bad("plain tensor", lambda w: {"weight": w.to("meta")}),
-    bad("of type torch.int8", lambda w: {"weight": w.to(torch.int8)}), bad("not  *plain", lambda w: {3: w})])
-def test_load_strictly_names_the_file_and_the_tensor_that_is_wrong_and_changes_nothing(change, message, weights):
-    model = nn.Linear(40, 30)
+@pytest.mark.parametrize("kind", BAD)
+def test_load_strictly_names_the_file_and_the_tensor_that_is_wrong_and_changes_nothing(kind, weights):
+    model, (change, message) = nn.Linear(40, 30), BAD[kind]
     before, state = model.weight.clone(), weights | change(weights["weight"])
-    if "missing" in message:
-        del state["bias"]
-    with pytest.raises(ValueError, match=f"a.pt.*{message.rstrip()}"):
-        load_strictly(model, state, "a.pt")
+    with pytest.raises(ValueError, match=f"a.pt.*{message}"):
+        load_strictly(model, {name: tensor for name, tensor in state.items() if tensor is not ...}, "a.pt")
     assert model.weight.equal(before)
 
 

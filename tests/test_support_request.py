@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +29,6 @@ ROOT = Path(__file__).parent.parent
 FEW_STEPS = ["--decoding-steps", "3", "2", "1", "1"]
 
 
-# ------------------------------------------------------------------------------------------------------------- planning
-
 def test_plan_clips_numbers_several_files_and_every_clip_keeps_its_number(tmp_path):
     def plan(prompts, **request):
         return [(clip.number, clip.prompt, clip.path.name) for clip in plan_clips(
@@ -43,18 +40,18 @@ def test_plan_clips_numbers_several_files_and_every_clip_keeps_its_number(tmp_pa
     assert plan(["x"], only=(3,)) == [(3, "x", "b.c-3.wav")], "clip 3 of --n 4, without saying --n 4 again"
 
 
-@pytest.mark.parametrize("n_frames, given, expected", [
-    (10, (), [0]), (4, (), [0]), (25, (), [0, 6, 12, 15]), (25, range(6), [2, 8, 14, 15]),
-    (25, [*range(12), *range(16, 25)], [9]),  # a gap that fits: in the middle of its window
-    (40, [*range(5), *range(25, 40)], [1, 7, 13, 19]), (10, range(10), [])])  # the last one sees both sides
-def test_windows_fill_in_what_is_open_and_continue_what_is_there(n_frames, given, expected):
-    is_given = torch.zeros(n_frames, dtype=torch.bool)
-    is_given[list(given)] = True
-    slices = windows(is_given, 10, 4)
-    assert [part.start for part in slices] == expected
-    for part in slices:
-        is_given[part] = True
-    assert is_given.all(), "every frame is made"
+def test_windows_fill_in_what_is_open_and_continue_what_is_there():
+    for n_frames, given, expected in (
+            (10, (), [0]), (4, (), [0]), (25, (), [0, 6, 12, 15]), (25, range(6), [2, 8, 14, 15]),
+            (25, [*range(12), *range(16, 25)], [9]),  # a gap that fits: in the middle of its window
+            (40, [*range(5), *range(25, 40)], [1, 7, 13, 19]), (10, range(10), [])):  # the last one sees both sides
+        is_given = torch.zeros(n_frames, dtype=torch.bool)
+        is_given[list(given)] = True
+        slices = windows(is_given, 10, 4)
+        assert [part.start for part in slices] == expected, f"{n_frames} frames"
+        for part in slices:
+            is_given[part] = True
+        assert is_given.all(), "every frame is made"
 
 
 def test_windows_are_as_long_as_a_training_clip_and_a_third_of_it_overlaps():
@@ -66,66 +63,24 @@ def test_windows_are_as_long_as_a_training_clip_and_a_third_of_it_overlaps():
         windows(nothing, 4.0, 4.0, 50.0)
 
 
-# ------------------------------------------------------------------------------- what each setting of decoding changes
-
-def decode(model, seed=0, rescorer=None, **settings):
-    """What happens while 30 frames are decoded: `codes`, all `steps`, the `scales` of the guidance; `again(...)`."""
-    run = SimpleNamespace(steps=[], scales=[], again=lambda **more: decode(model, **{"seed": seed} | settings | more))
-    text, guided_logits = torch.ones(1, 3, 8), sample.guided_logits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "guided_logits",
-                      lambda *args, **more: run.scales.append(args[5]) or guided_logits(*args, **more))
-        run.codes = generate(model, text, torch.ones(1, 3), torch.full((1, 4, 30), model.mask_id),
-                             SamplingConfig(**{"decoding_steps": (3, 2)} | settings), clip_streams(seed, [1]),
-                             rescorer=rescorer, on_step=lambda **step: run.steps.append(step))
-    return run
+SAMPLING = {  # a value of each setting that is not the default one
+    "decoding_steps": (4, 1), "temperature": 0.1, "top_p": 0.2, "top_k": 1, "guidance_start": 4.0, "guidance_end": 10.0,
+    "span_arrangement": "stride1", "span_scoring": "prod", "schedule": "released", "greedy": True,
+    "rescorer_weight": 1.0, "ar_guidance": 1.0, "ar_top_k": 1, "ar_temperature": 0.1, "hybrid_seconds": 0.2}
 
 
-class HalfSure:
-    def score_codes(self, codes, stage, text=None, text_mask=None):
-        return torch.full(codes[:, 0].shape, 0.5)
-
-
-def as_greedy(run):
-    return run.again(greedy=True).codes.equal(run.codes)
-
-
-def confidences(run):
-    return [round(x, 3) for x in run.again(rescorer=HalfSure()).steps[0]["confidence"].unique().tolist()]
-
-
-SAMPLING = {  # setting: (its value, what is looked at, what is there then; by default something else; kind of model)
-    "decoding_steps": ((4, 1), lambda run: [step["stage"] for step in run.steps], [0, 0, 0, 0, 1, 2, 3]),
-    "temperature": (0.0, as_greedy, True),
-    "top_p": (1e-6, as_greedy, True),
-    "top_k": (1, as_greedy, True),
-    "guidance_start": (4.0, lambda run: run.scales[0], 4.0),  # at first all is hidden
-    "guidance_end": (10.0, lambda run: run.scales[2], 10.0),  # as at the start: it does not change
-    "span_arrangement": ("stride1", lambda run: bool((run.steps[2]["hidden"].view(10, 3).sum(dim=1) % 3).any()), True),
-    "span_scoring": ("prod", lambda run: [step["hidden"].tolist() for step in run.steps], ...),  # other spans
-    "schedule": ("released", lambda run: int(run.steps[2]["hidden"].sum()), 3),  # at the last step one span
-    "greedy": (True, lambda run: run.again(seed=1).codes.equal(run.codes), True),
-    "rescorer_weight": (1.0, confidences, [0.5]),
-    "ar_guidance": (1.0, lambda run: run.scales[0], 1.0, "ar"),
-    "ar_top_k": (1, as_greedy, True, "ar"),
-    "ar_temperature": (0.0, as_greedy, True, "ar"),
-    "hybrid_seconds": (0.2, lambda run: sum("position" in step for step in run.steps), 10, "hybrid"),
-}
-
-
-@pytest.mark.parametrize("setting", SAMPLING)
-def test_a_setting_of_sampling_config_changes_what_it_should(setting, make_magnet):
-    value, look, expected, objective = (*SAMPLING[setting], "magnet")[:4]
-    model = make_magnet(objective=objective)
-    before, after = look(decode(model)), look(decode(model, **{setting: value}))
-    assert before != after and (expected is ... or after == expected)
-
-
-def test_every_setting_of_sampling_config_stands_in_the_table():
+def test_every_setting_of_sampling_config_changes_what_is_played(make_magnet):
     assert SAMPLING.keys() == {field.name for field in fields(SamplingConfig)}
+    text, codes, rescorer = torch.ones(1, 3, 8), torch.full((1, 4, 30), 16), make_magnet(seed=1, objective="ar")
+    for setting, value in SAMPLING.items():
+        kind = setting.partition("_")[0]
+        model = make_magnet(objective=kind if kind in ("ar", "hybrid") else "magnet")
+        before, after = (
+            generate(model, text, text[..., 0] > 0, codes, SamplingConfig(**{"decoding_steps": (3, 2)} | changes),
+                     clip_streams(0, [1]), rescorer=rescorer if kind == "rescorer" else None)
+            for changes in ({}, {setting: value}))
+        assert not before.equal(after), f"{setting} makes no difference"
 
-
-# ---------------------------------------------------------------------------------------------------- files and lengths
 
 @pytest.fixture
 def play(call, tiny_run):
@@ -191,8 +146,6 @@ def test_sample_plays_the_toy_model_without_any_flag_to_a_stdout_that_is_closed(
     assert (len(wav), rate) == (64_000, 16_000) and np.abs(wav).max() > 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------- given audio
-
 def coded(name):
     """A file as the codec renders it."""
     codec = load_codec("toy")
@@ -223,8 +176,6 @@ def test_sample_inpaints_a_gap_and_keeps_the_rest_codec_exact(play):
     assert change[:8000 - reach].max() < 1e-3 and change[11_200 + reach:].max() < 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of models
-
 def changed(tiny_run, path, **changes):
     """A checkpoint like the tiny model's, with changes: `a__b=x` changes entry b of the dictionary a."""
     content = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
@@ -244,31 +195,15 @@ def test_sample_decodes_each_kind_of_model_as_it_was_trained(objective, flags, p
     assert soundfile.info("out.wav").frames == (24_000 if "--seconds" in flags else 16_000)
 
 
-def test_sample_finds_a_codec_in_a_new_place_by_its_content(call, play, tiny_run, tmp_path):
-    lost = changed(tiny_run, tmp_path / "model.pt", codec="lost.pt")
-    assert_one_line(call(sample, "a flute", "--model", lost), "lost.pt")
-    codec = load_codec("toy")
-    codec.save("moved.pt")
-    play("a flute", "--codec", "moved.pt", model=lost)
-    next(codec.parameters()).mul_(1.1)
-    codec.save("another.pt")
-    assert_one_line(call(sample, "a flute", "--model", lost, "--codec", "another.pt"), "codec", "has other weights")
-
-
-# ------------------------------------------------------------------------------------------------------------ bad input
-
 WRONG = {  # flags: what the line names
-    "--seconds 0": "seconds must be", "--seconds inf": "seconds", "--top-p 1.5": "top_p", "--temperature -1": "temp",
-    "--guidance-start nan": "guidance_start", "--guidance-start 1e30": "guidance_start", "--top-k -1": "top_k",
-    "--decoding-steps 5 5 1 1 1": "decoding_steps", "--decoding-steps 1 0": "decoding_steps", "--n 0": "n must be",
-    "--n 4294967296": "n must be", "--only 0": "only must be", "--seed=--": "seed", "--out song": "song",
-    "--out song.mp4": "song.mp4", "--out folder.wav": "folder.wav: is a folder", "--out full.wav/x.wav": "full.wav",
-    "--device nosuch": "nosuch", "--dtype fp8": "--dtype", "--overlap 1": "--overlap", "--overlap nan": "overlap",
-    "--audio-prompt missing.wav": "missing.wav", "--audio-prompt full.wav": "shorter than the 1 s",
-    "--audio-prompt text.wav": "text.wav", "--audio-prompt none.wav": "none.wav", "--inpaint full.wav": "--from",
-    "--from 0 --to 1": "--inpaint", "--inpaint full.wav --from 0.6 --to 0.5": "later --to",
-    "--inpaint full.wav --from 0 --to 9": "full.wav has 1 s", "--model missing": "toy-ar",
-    "--inpaint full.wav --from 0 --to 1 --seconds 2": "--seconds", "--rescorer-weight 2": "rescorer_weight",
+    "--seconds inf": "seconds", "--guidance-start 1e30": "guidance_start", "--decoding-steps 5 5 1 1 1": "decoding_st",
+    "--n 4294967296": "n must be", "--only 0": "only must be", "--out song": "song", "--out song.mp4": "song.mp4",
+    "--out folder.wav": "folder.wav: is a folder", "--out full.wav/x.wav": "full.wav", "--device nosuch": "nosuch",
+    "--dtype fp8": "--dtype", "--overlap 1": "--overlap", "--audio-prompt missing.wav": "missing.wav",
+    "--audio-prompt full.wav": "shorter than the 1 s", "--audio-prompt text.wav": "text.wav",
+    "--audio-prompt none.wav": "none.wav", "--inpaint full.wav": "--from", "--from 0 --to 1": "--inpaint",
+    "--inpaint full.wav --from 0.6 --to 0.5": "later --to", "--inpaint full.wav --from 0 --to 9": "full.wav has 1 s",
+    "--inpaint full.wav --from 0 --to 1 --seconds 2": "--seconds", "--model missing": "toy-ar",
     "--rescorer missing": "missing", "--rescorer other.pt": "codec", "--model ar.pt --rescorer ar.pt": "only parallel",
     "--model ar.pt --inpaint full.wav --from 0 --to 0.5": "fill in a gap",
 }
@@ -295,31 +230,14 @@ def test_sample_says_that_out_cannot_be_written_before_the_model_is_loaded(call,
 
 
 NAN = torch.full((32,), torch.nan)
-DAMAGE = {  # what is wrong in a checkpoint's config and weights: what the line names
-    "a setting of another version": ({"model_config__colour": "red", "config__colour": "red"}, "colour"),
-    "a number as text": ({"model_config__dim": "32", "config__dim": "32"}, "dim must be"),
-    "a size that is no number": ({"model_config__seconds": float("nan"), "config__seconds": float("nan")}, "seconds"),
-    "terabytes": ({"model_config__dim": 1 << 40, "config__dim": 1 << 40}, "dim must be"),
-    "another shape": ({"model_config__n_layers": 3, "model__more": NAN}, "tensor"),
-    "a config in a list": ({"model_config": [1], "config": [1]}, ""),
-    "weights in a list": ({"ema": [1.0], "model": [1.0]}, "not plain tensors"),
-    "weights that are no tensors": ({"ema__out_norm.bias": 1, "model__out_norm.bias": 1}, "not plain tensors"),
-    "weights that are not finite": ({"ema__out_norm.bias": NAN, "model__out_norm.bias": NAN}, "not finite"),
-}
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_sample_and_resume_name_a_checkpoint_that_does_not_hold_what_it_should(
-        kind, call, tiny_run, train_tiny, tmp_path):
-    changes, word = DAMAGE[kind]
-    path = changed(tiny_run, tmp_path / "checkpoint.pt", **changes)
-    assert_one_line(call(sample, "a flute", "--model", path), "checkpoint.pt", word)
-    assert_one_line(call(train, "--out", tmp_path, "--resume", "--cache", train_tiny.cache), "checkpoint.pt", word)
-
-
-def test_sample_and_resume_notice_one_flipped_bit(call, tiny_run, train_tiny, tmp_path):
-    content = bytearray((tiny_run / "checkpoint.pt").read_bytes())
-    content[len(content) // 2] ^= 16
-    (tmp_path / "checkpoint.pt").write_bytes(content)
-    assert_one_line(call(sample, "a flute", "--model", tmp_path), "checkpoint.pt", "fails its checksum")
-    assert_one_line(call(train, "--out", tmp_path, "--resume"), "checkpoint.pt", "fails its checksum")
+def test_sample_and_resume_name_a_checkpoint_that_does_not_hold_what_it_should(call, tiny_run, train_tiny, tmp_path):
+    for changes, word in (({"model_config__dim": 1 << 40, "config__dim": 1 << 40}, "dim must be"),
+                          ({"model_config__colour": "red", "config__colour": "red"}, "colour"),
+                          ({"model_config": [1], "config": [1]}, ""),
+                          ({"ema__out_norm.bias": NAN, "model__out_norm.bias": NAN}, "not finite")):
+        path = changed(tiny_run, tmp_path / "checkpoint.pt", **changes)
+        for ended in (call(sample, "a flute", "--model", path),
+                      call(train, "--out", tmp_path, "--resume", "--cache", train_tiny.cache)):
+            assert_one_line(ended, "checkpoint.pt", word)

@@ -12,20 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from encodec_wrap import Codec, CodecConfig, load_codec
+from encodec_wrap import load_codec
 from model import load_model
 from support.files import save_whole
-from t5_encoder import T5Config, T5Encoder
+from t5_encoder import T5Encoder
 from toy import world
 from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts, wilson
 from toy.export import main as export
-from toy.export import quantized
 from toy.judge import cross_check, load_judge
-from toy.mel import log_mel, mel_filters, mel_spectrogram
-from toy.signals import READERS, pitch
-from toy.train_codec import draw_cuts, reconstruction_losses, revive_dead_codes
+from toy.mel import log_mel, mel_spectrogram
+from toy.signals import pitch
 from toy.train_codec import main as train_codec
-from toy.train_text import draw_caption, read_attributes, train_tokenizer
+from toy.train_text import draw_caption
 from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, WORDS, caption, combinations, describe, render
 
 
@@ -41,8 +39,6 @@ def strongest_partial(wav):
     return spectrum.argmax() * SAMPLE_RATE / 2**17
 
 
-# ----------------------------------------------------------------------------------------------------------- which clip
-
 def test_example_is_the_same_clip_for_the_same_three_numbers_only():
     wav, text, attributes = world.example(5, "unseen", seed=3)
     again, same_text, same_attributes = world.example(5, "unseen", seed=3)
@@ -55,49 +51,20 @@ def test_example_is_the_same_clip_for_the_same_three_numbers_only():
 def test_combinations_hold_every_combination_once_and_only_the_named_pairs_are_unseen():
     train, unseen = combinations("train"), combinations("unseen")
     assert combinations("valid") == train and (len(train), len(unseen)) == (360, 72)
-    every = {tuple(row.values()) for row in train + unseen}
-    assert len(every) == 6 * 4 * 3 * 3 * 2
+    assert len({tuple(row.values()) for row in train + unseen}) == 6 * 4 * 3 * 3 * 2
     assert {(row["instrument"], row["melody"]) for row in unseen} == UNSEEN_PAIRS
-    assert not {(row["instrument"], row["melody"]) for row in train} & UNSEEN_PAIRS
+    for split, rows in (("train", train), ("unseen", unseen)):
+        assert all(describe(i, split)[0] in rows for i in range(100)), f"{split} draws from its own combinations"
     with pytest.raises(ValueError, match="train, valid, unseen.*'test'"):
         combinations("test")
 
-
-def test_describe_draws_every_single_value_for_training_and_unseen_pairs_in_the_unseen_split_only():
-    drawn = {split: [describe(i, split)[0] for i in range(200)] for split in ("train", "valid", "unseen")}
-    pairs = {split: {(row["instrument"], row["melody"]) for row in rows} for split, rows in drawn.items()}
-    assert pairs["unseen"] == UNSEEN_PAIRS and not (pairs["train"] | pairs["valid"]) & UNSEEN_PAIRS
-    for name, values in ATTRIBUTES.items():
-        assert {attributes[name] for attributes in drawn["train"]} == set(values)
-
-
-# ---------------------------------------------------------------------------------------------------- what can be heard
 
 def test_render_plays_any_attributes_at_any_length():
     rows = (combinations("train") + combinations("unseen"))[::5]  # 5 shares no factor with 432: all values
     for seconds, row in zip([0.01, 0.33333, 1.37] + [0.4] * len(rows), [rows[0]] * 3 + rows, strict=True):
         wav = render(row, np.random.default_rng(0), seconds)
-        assert wav.dtype == np.float32 and wav.shape == (round(seconds * SAMPLE_RATE),) and np.isfinite(wav).all()
+        assert wav.dtype == np.float32 and wav.shape == (round(seconds * SAMPLE_RATE),)
         assert 0.5 < np.abs(wav).max() <= 1, row
-
-
-def test_render_plays_the_same_attributes_differently_each_time():
-    assert len({play(seed, 0.5).tobytes() for seed in range(8)}) == 8
-    assert {25 * round(strongest_partial(play(seed, 0.5)) / 25) for seed in range(20)} == set(world.KEYS["mid"])
-
-
-def test_a_note_sounds_the_same_every_time_and_repeats_itself_every_two_frames():
-    """So that the codec can write it with the same codes again and again. No two notes of a melody fall together."""
-    t = np.arange(8000) / SAMPLE_RATE
-    for instrument in world.INSTRUMENTS.values():
-        assert np.array_equal(*(instrument(400.0, t, 0.4) for _ in range(2)))
-    wav, period = play(instrument="organ", tempo="slow"), 2 * SAMPLE_RATE // world.FRAME_RATE
-    held = wav[round(0.2 * SAMPLE_RATE):round(0.5 * SAMPLE_RATE)]
-    assert np.abs(held[period:] - held[:-period]).max() < 1e-4 * np.abs(held).max()
-    for key in sum(world.KEYS.values(), ()):
-        notes = [world.in_tune(key * 2 ** (step / 12)) for step in world.STEPS["rising"]]
-        assert all(2 * note / world.FRAME_RATE == int(2 * note / world.FRAME_RATE) for note in notes)
-        assert len(set(notes)) == len(notes) and notes == sorted(notes)
 
 
 def test_render_leaves_no_sound_too_low_to_hear():
@@ -129,8 +96,6 @@ def test_melody_is_the_order_of_the_pitches(melody, steps):
     assert np.diff(notes) == pytest.approx(steps, abs=0.7)
 
 
-# ------------------------------------------------------------------------------------------------------------- captions
-
 def says(text):
     """The attribute values that a caption names, longest words first: {name: value}."""
     said, phrases = {}, [(word, name, value) for name in WORDS for value in WORDS[name] for word in WORDS[name][value]]
@@ -152,21 +117,16 @@ def test_caption_says_every_attribute_truly_and_nothing_of_what_it_was_not_told(
         assert says(text) == some, text
 
 
-def test_caption_varies_its_words_and_their_order_and_no_two_values_share_a_word():
+def test_caption_varies_its_words_and_no_two_values_share_a_word():
     assert {name: tuple(values) for name, values in WORDS.items()} == ATTRIBUTES
     words = [word for values in WORDS.values() for synonyms in values.values() for word in synonyms]
     assert len(set(words)) == len(words)
     attributes = describe(0)[0]
-    texts = [caption(attributes, np.random.default_rng(i)) for i in range(200)]
-    assert len(set(texts)) > 100
+    texts = {caption(attributes, np.random.default_rng(i)) for i in range(200)}
+    assert len(texts) > 100
     for name, value in attributes.items():
         assert all(any(word in text for text in texts) for word in WORDS[name][value])
-    order = {tuple(sorted(WORDS, key=lambda name, text=text: min(
-        text.find(word) for word in WORDS[name][attributes[name]] if word in text))) for text in texts}
-    assert len(order) > 10
 
-
-# --------------------------------------------------------------------------------------------------------- text encoder
 
 @pytest.fixture(scope="module")
 def encoder():
@@ -183,108 +143,13 @@ def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_token
         assert tokenizer.unk_id() not in ids and tokenizer.decode(ids) == text
 
 
-def test_the_toy_encoder_gives_captions_of_other_attributes_other_embeddings(encoder):
-    def embed(**changes):
-        """Mean embedding, over ten wordings."""
-        attributes = describe(0)[0] | changes
-        texts = [caption(attributes, np.random.default_rng(i)) for i in range(10)]
-        rows, mask = encoder.encode_text(texts)
-        return (rows.sum(dim=1) / mask.sum(dim=1, keepdim=True)).mean(dim=0)
-    plain = embed()
-    for name, values in ATTRIBUTES.items():
-        rows = torch.stack([embed(**{name: value}) for value in values])
-        assert torch.pdist(rows).min() > 0.1 * plain.norm(), name
-
-
-def test_train_tokenizer_writes_a_tokenizer_with_the_special_ids_of_t5(tmp_path):
-    pieces = train_tokenizer(tmp_path / "spiece.model", np.random.default_rng(0), 200, n_captions=500)
-    encoder = T5Encoder(T5Config(pieces, 8, 4, 8, 1, 2), tmp_path / "spiece.model")  # refuses other ids for pad and EOS
-    ids, _ = encoder.tokenize(["a slow flute"])
-    assert ids[0, -1] == 1 and not (ids == 2).any(), "ends in EOS, and no piece is unknown"
-
-
-def test_read_attributes_does_not_look_at_padding():
-    torch.manual_seed(0)
-    readers = [torch.nn.Linear(8, 3), torch.nn.Linear(8, 4)]
-    embeddings, mask = torch.randn(1, 5, 8), torch.tensor([[True, True, True, False, False]])
-    with torch.no_grad():
-        short = read_attributes(readers, embeddings[:, :3], mask[:, :3])
-        for a, b in zip(read_attributes(readers, embeddings, mask), short, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-# ------------------------------------------------------------------------------------------------- the codec's training
-
-def test_mel_filters_cover_all_frequencies():
-    for n_fft in (256, 2048):
-        filters = mel_filters(SAMPLE_RATE, n_fft, 64)
-        assert filters.shape == (n_fft // 2 + 1, 64) and (filters >= 0).all() and (filters <= 1).all()
-        assert (filters.sum(dim=1)[1:-1] > 0).all(), "but for 0 Hz and the Nyquist frequency, their outer edges"
-        centres = [column.argmax().item() for column in filters.T if column.any()]
-        assert centres == sorted(centres)
-
-
 def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor():
-    wav = torch.sin(2 * torch.pi * 1000 * torch.arange(16_000) / SAMPLE_RATE)[None]
-    mel = mel_spectrogram(wav, SAMPLE_RATE)
+    mel = mel_spectrogram(torch.sin(2 * torch.pi * 1000 * torch.arange(16_000) / SAMPLE_RATE)[None], SAMPLE_RATE)
     assert mel.shape == (1, 64, 63)
     edges = 700 * (10 ** (torch.linspace(0, 2595 * np.log10(1 + 8000 / 700), 66) / 2595) - 1)
     band = mel.mean(dim=2).argmax().item()
     assert edges[band] < 1000 < edges[band + 2]
     assert log_mel(torch.zeros(1)).item() == pytest.approx(np.log(1e-2))
-
-
-def test_training_goes_through_mel_filters_that_were_first_wanted_in_inference_mode():
-    mel_filters.cache_clear()
-    with torch.inference_mode():
-        mel_spectrogram(torch.randn(1, 4000), SAMPLE_RATE)
-    wav = torch.randn(1, 4000, requires_grad=True)
-    mel_spectrogram(wav, SAMPLE_RATE).sum().backward()
-    assert wav.grad.abs().sum() > 0
-
-
-def test_reconstruction_losses_are_zero_for_the_same_audio_and_grow_with_the_error():
-    wav = torch.from_numpy(np.stack([play(i, 0.5) for i in range(2)]))
-    assert all(float(loss) == pytest.approx(0, abs=1e-6) for loss in reconstruction_losses(wav, wav))
-    near = reconstruction_losses(wav + 0.01 * torch.randn_like(wav), wav)
-    far = reconstruction_losses(wav + 0.1 * torch.randn_like(wav), wav)
-    assert all(0 < float(a) < float(b) for a, b in zip(near, far, strict=True))
-
-
-def test_draw_cuts_gives_pieces_of_the_clips():
-    torch.manual_seed(0)
-    clips = torch.arange(32_000.0).view(2, 16_000)
-    cuts = draw_cuts(clips, 50, 0.5)
-    assert cuts.shape == (50, 8000) and (cuts.diff(dim=1) == 1).all()
-    assert cuts.min() >= 0 and cuts.max() < 32_000 and {int(row[0] // 16_000) for row in cuts} == {0, 1}
-    assert draw_cuts(clips, 3, 1.0).shape == (3, 16_000)
-
-
-def test_revive_dead_codes_moves_dead_entries_onto_residuals_and_no_others():
-    torch.manual_seed(0)
-    config = CodecConfig(ratios=(2,), n_codebooks=2, codebook_size=8, dimension=4, n_filters=2)
-    quantizer = Codec(config).model.quantizer
-    for layer in quantizer.vq.layers:
-        layer._codebook.embed.normal_()
-        layer._codebook.inited.fill_(True)
-        layer._codebook.cluster_size.fill_(5.0)
-        layer._codebook.cluster_size[[2, 6]] = 0.01
-    before = [layer._codebook.embed.clone() for layer in quantizer.vq.layers]
-    latents = torch.randn(3, 4, 10)
-    revive_dead_codes(quantizer, latents)
-    alive = [0, 1, 3, 4, 5, 7]
-    residual = latents.transpose(1, 2).reshape(-1, 4)
-    for layer, old in zip(quantizer.vq.layers, before, strict=True):
-        book = layer._codebook
-        assert torch.equal(book.embed[alive], old[alive]) and (book.cluster_size[alive] == 5).all()
-        for entry in (2, 6):
-            assert (residual - book.embed[entry]).abs().sum(dim=1).min() < 1e-5
-            torch.testing.assert_close(book.embed_avg[entry] / book.cluster_size[entry], book.embed[entry])
-            assert book.cluster_size[entry] > 0.1
-        residual = residual - book.embed[torch.cdist(residual, book.embed).argmin(dim=1)]
-    quantizer.vq.layers[0]._codebook.cluster_size.zero_()
-    revive_dead_codes(quantizer, latents[:1, :, :5])
-    assert (quantizer.vq.layers[0]._codebook.cluster_size > 0.1).sum() == 5, "more dead entries than latents"
 
 
 def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch):
@@ -293,17 +158,6 @@ def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch)
     train_codec()
     codec = load_codec(tmp_path / "codec.pt")
     assert all(layer._codebook.inited and layer._codebook.embed.any() for layer in codec.model.quantizer.vq.layers)
-
-
-# --------------------------------------------------------------------------------------------------------------- export
-
-def test_quantized_weights_come_back_within_half_a_step_of_each_row():
-    state = {"matrix": torch.randn(5, 40) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [0.2]]), "norm": torch.rand(7)}
-    small, scales = quantized(state)
-    assert small["matrix"].dtype == torch.int8 and scales["matrix"].shape == (5, 1) and "norm" not in scales
-    error = (small["matrix"] * scales["matrix"] - state["matrix"]).abs().amax(dim=1)
-    assert (error <= state["matrix"].abs().amax(dim=1) / 127 * 0.501).all()
-    assert torch.equal(small["norm"], state["norm"].half())
 
 
 def test_export_keeps_what_sampling_needs_in_few_bits_and_sampling_flags_become_the_models_own(
@@ -333,8 +187,6 @@ def test_every_model_that_ships_reads_the_codec_and_the_text_encoder_that_ship(n
     assert model.config.objective == objective
 
 
-# ------------------------------------------------------------------------------------------------ judge and evaluation
-
 def test_the_judge_that_ships_hears_every_attribute_of_the_world_as_it_is():
     """From every instrument, with drums and without. A changed world without a retrained judge would make every
     adherence number wrong."""
@@ -359,14 +211,6 @@ def test_wilson_interval_holds_the_share_and_narrows_with_n():
     low, high = wilson(0.9, 100)
     assert (round(low, 3), round(high, 3)) == (0.826, 0.945)
     assert wilson(1.0, 100)[1] == pytest.approx(1) and wilson(0.9, 1000)[0] > low
-
-
-def test_plain_measures_read_tempo_register_and_melody_of_an_organ():
-    """The judge is judged by what nothing was learned for."""
-    for name, measure in READERS["toy"].items():
-        for value in ATTRIBUTES[name]:
-            wav = play(1, **{"instrument": "organ", "melody": "rising"} | {name: value})
-            assert measure(wav) == value, (name, value)
 
 
 def test_the_judge_and_the_plain_measures_agree():

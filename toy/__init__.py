@@ -4,8 +4,11 @@ A world is a module with ATTRIBUTES, PAIR and UNSEEN_PAIRS (which two attributes
 SPLITS, SAMPLE_RATE, SECONDS, `combinations`, `describe`, `example`, `render` and `caption`.
 """
 
+import hashlib
 import importlib
 from pathlib import Path
+
+from support.data import Entry
 
 WORLDS = {"toy": "toy.world", "tunes": "toy.tunes"}
 
@@ -15,6 +18,17 @@ def world_of(name):
     if name not in WORLDS:
         raise ValueError(f"--data must be {' or '.join(WORLDS)}, not {name!r}")
     return importlib.import_module(WORLDS[name])
+
+
+def entries_of(name, numbers, seconds):
+    """Data set entries of a world: a list for each split in `numbers`, {split: how many}, of clips of so many seconds.
+
+    Their keys hold a hash of the world's source, so that a changed world is encoded anew."""
+    world = world_of(name)
+    version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()
+    return [[Entry(f"{split} {i}", f"{version}-{split}-0-{i}",
+                   lambda tell, i=i, split=split: iter([world.example(i, split, 0, seconds)[0]]),
+                   world.describe(i, split, 0)[1]) for i in range(n)] for split, n in numbers.items()]
 
 
 def weights_of(name):

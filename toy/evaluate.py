@@ -26,9 +26,9 @@ from sample import BATCH, SamplingConfig, clip_streams, generate
 from support.cli import Parser, add_flags, from_flags, pick_device, pick_dtype, run
 from support.data import encode
 from t5_encoder import T5Encoder
-from toy import WORLDS, memory, signals, world, world_of
+from toy import WORLDS, entries_of, memory, signals, world, world_of
 from toy.judge import load_judge
-from train import validate, world_entries
+from train import validate
 
 SEED = 7  # of prompts and of the real clips beside them; training uses 0 and 1
 SPLITS = {"seen": "valid", "unseen": "unseen"}  # of the toy world; of the tunes, "test" is seen
@@ -215,7 +215,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
         read = [judge.read(play_all(side, seed + 2)) for side in captions]
         result["swaps"] = swap_shares(*read, labels, which)
     if losses:
-        entries = world_entries(place, 64, "valid", model.config.seconds)
+        entries, = entries_of(data, {"valid": 64}, model.config.seconds)
         clips, _, _ = encode(entries, codec, encoder, model.config.seconds, cache, device)
         values = validate(model, clips, device, nullcontext)
         result["cross_entropy"] = {f"codebook {k + 1}": sum(values[k].values()) / len(values[k]) for k in values}

@@ -1,0 +1,243 @@
+"""Published models, from their names to sound: the claims of support/audiocraft.py, and of what reads such files.
+
+The models are small and random, but laid out and set as the official code exports them (see `published.py`); the hub is
+a server on this machine. Read in this order: every name runs; what is fetched for it; the settings it brings; what is
+refused; then fine-tuning, and the way back into the published layout.
+"""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import DATA, assert_one_line
+from published import lay_model, lay_repositories, settings_of
+
+import sample
+import train
+from encodec_wrap import load_codec
+from experiments import export
+from model import PUBLISHED_MODELS, load_model
+from sample import SamplingConfig
+from support.audiocraft import FIXED, SHAPE, read_settings
+from support.files import fingerprint
+from t5_encoder import T5Encoder
+
+
+@pytest.fixture(scope="session")
+def repositories(tmp_path_factory):
+    """A folder with all repositories that the published names need; to be read only."""
+    return lay_repositories(tmp_path_factory.mktemp("hub"), DATA)
+
+
+@pytest.fixture
+def hub(local_hub, repositories):
+    local_hub.folder = repositories
+    return local_hub
+
+
+def play(call, model, *flags):
+    """What sample.py prints while it plays a quarter of a second."""
+    ended = call(sample, "a flute", "--model", model, "--seconds", 0.25, "--device", "cpu", "--dtype", "fp32", *flags)
+    assert ended.code == 0, ended.err
+    return ended.out
+
+
+RELEASED = "schedule released"
+SOUNDS = f"temperature 3.5, top-p 0.8, guidance-start 20.0, decoding-steps 20 10 10 10, {RELEASED}".split(", ")
+BROUGHT = {  # the settings that each family brings, where they are not the defaults
+    "magnet-small-10secs": ["decoding-steps 20 10 10 10", RELEASED],
+    "magnet-small-30secs": ["decoding-steps 60 10 10 10", RELEASED], "audio-magnet-small": SOUNDS, "musicgen-small": []}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MODELS)
+def test_every_published_name_is_fetched_and_plays_with_its_own_settings(name, hub, call):
+    family = name.split("/")[1].replace("medium", "small").replace("large", "small")
+    out = play(call, name)
+    lines = [line for line in out.splitlines() if line.startswith("settings of the model: ")]
+    assert [sorted(line.removeprefix("settings of the model: ").split(", ")) for line in lines] == (
+        [sorted(BROUGHT[family])] if BROUGHT[family] else [])
+    sounds = "audio" in name
+    assert soundfile.info("out.wav").samplerate == (16_000 if sounds else 32_000)
+    needed = {name, "google-t5/t5-large"} if sounds else {name, "facebook/encodec_32khz", "google-t5/t5-base"}
+    assert {file.rsplit("/", 1)[0] for file in hub.served} == needed, "and nothing that is not needed"
+    if "small" in name:
+        hub.shutdown()
+        play(call, name, "--seed", 1)  # offline, from the cache
+
+
+def test_a_flag_goes_before_a_setting_that_the_model_brings(hub, call):
+    out = play(call, "facebook/audio-magnet-small", "--top-p", 0.5, "--schedule", "paper")
+    assert "settings of the model: decoding-steps 20 10 10 10, temperature 3.5, guidance-start 20.0\n" in out
+
+
+def test_a_folder_with_all_files_plays_without_a_hub(offline, repositories, call):
+    """As laid by hand: codec and text encoder in the model's folder, or next to it."""
+    folder = lay_model(offline / "models" / "mine", "magnet-small-10secs")
+    (folder / "encodec_32khz").symlink_to(repositories / "facebook" / "encodec_32khz")
+    (folder.parent / "t5-base").symlink_to(repositories / "google-t5" / "t5-base")
+    assert RELEASED in play(call, folder)
+
+
+# -------------------------------------------------------------------------------------------------------- the settings
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("delays", [[0, 1, 2, 3], None])
+def test_delays_are_read_in_either_style_of_yaml_and_null_means_one_frame_each(flow, delays, tmp_path):
+    def change(settings):
+        settings["codebooks_pattern"]["delay"]["delays"] = delays
+
+    model, _ = load_model(lay_model(tmp_path / "m", "musicgen-small", change, flow))
+    assert (model.config.objective, model.config.context, model.config.seconds) == ("ar", -1, 30)
+
+
+def at(path, value):
+    """A change of the setting at "a.b.c"."""
+    def change(settings):
+        *parents, last = path.split(".")
+        for key in parents:
+            settings = settings[key]
+        settings[last] = value
+    return change
+
+
+def melody(settings):
+    settings["fuser"] |= {"prepend": ["self_wav", "description"], "cross": []}
+    settings["conditioners"] |= {"self_wav": {"model": "chroma_stem", "chroma_stem": {"n_chroma": 12}}}
+
+
+def stereo(settings):
+    settings["interleave_stereo_codebooks"]["use"] = True
+    settings["transformer_lm"]["n_q"], settings["channels"] = 8, 2
+    settings["codebooks_pattern"]["delay"]["delays"] = [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+LM, T5 = "transformer_lm", "conditioners.description.t5"
+REFUSED = [  # (model, what is changed, its name in the message)
+    ("musicgen-small", melody, "a melody-conditioned model"), ("musicgen-small", stereo, "a stereo model"),
+    ("musicgen-small", at("codebooks_pattern.delay.delays", [0, 2, 4, 6]), "not delayed by one frame each"),
+    ("musicgen-small", at("codebooks_pattern.delay.flatten_first", 1), "a flattened beginning"),
+    ("musicgen-small", at("codebooks_pattern.modeling", "unroll"), "not delayed by one frame each: unroll"),
+    *(("magnet-small-10secs", at(path, value), words) for path, value, words in (
+        (f"{LM}.positional_embedding", "rope", "rotary embeddings"), (f"{LM}.norm_first", False, "a post-norm model"),
+        (f"{LM}.activation", "relu", "another activation"), (f"{LM}.norm", "rms_norm", "another norm"),
+        (f"{LM}.layer_scale", 1e-4, "layer scale"), (f"{LM}.past_context", 100, "a limited past"),
+        (f"{LM}.kv_repeat", 2, "shared keys and values"), (f"{LM}.xpos", True, "xpos"),
+        (f"{LM}.bias_ff", True, "bias_ff"), (f"{LM}.bias_attn", True, "bias_attn"),
+        (f"{LM}.bias_proj", True, "bias_proj"), (f"{LM}.qk_layer_norm", True, "qk_layer_norm"),
+        (f"{LM}.qk_layer_norm_cross", True, "qk_layer_norm_cross"),
+        ("fuser.cross_attention_pos_emb", True, "cross_attention_pos_emb"),
+        ("fuser.sum", ["description"], "a condition that is added"),
+        ("fuser.input_interpolate", ["self_wav"], "a condition that is interpolated"),
+        ("conditioners.description.model", "clap", "a text encoder other than T5"),
+        (f"{T5}.finetune", True, "a T5 trained with the model"), (f"{T5}.normalize_text", True, "normalised text")))]
+
+
+@pytest.mark.parametrize("name, change, words", REFUSED, ids=[words for _, _, words in REFUSED])
+def test_what_is_not_supported_is_refused_by_its_name_in_one_line(name, change, words, call, tmp_path):
+    folder = lay_model(tmp_path / "model", name, change)
+    assert_one_line(call(sample, "a flute", "--model", folder), f"{folder}/state_dict.bin", words)
+
+
+def test_read_settings_leaves_out_no_setting_that_the_network_varies():
+    """Of a model's own section all but these are either its shape or looked at."""
+    unread = {"dropout", "emb_lr", "custom", "memory_efficient", "attention_as_float32", "checkpointing", "weight_init",
+              "depthwise_init", "zero_bias_init", "cross_attention", "attention_dropout", "two_step_cfg"}  # of training
+    unread |= {"compression_model_framerate", "segment_duration", "span_len"}  # as the codec, dataset and masking say
+    known = {name.removeprefix("transformer_lm.") for name in FIXED} | SHAPE.keys() | {"causal", "subcodes_context"}
+    assert set(settings_of("magnet-small-10secs")["transformer_lm"]) - known == unread
+
+
+def test_read_settings_says_which_setting_is_missing():
+    with pytest.raises(KeyError, match="transformer_lm.n_q"):
+        read_settings("transformer_lm: {dim: 8}", "x")
+
+
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+FEW = "--steps 3 --batch-size 2 --warmup 1 --lr 0.01 --device cpu --dtype fp32 --log-every 1 --sample-every 0".split()
+
+
+@pytest.fixture
+def tune(hub, call, tmp_path):
+    """tune(out, flags) fine-tunes a published model on two clips of noise, of which it hears four seconds each."""
+    noise = np.random.default_rng(0)
+    for name, caption in (("a", "a flute"), ("b", "a bell")):
+        soundfile.write(tmp_path / f"{name}.wav", noise.uniform(-0.5, 0.5, 320_000), 32_000)
+        (tmp_path / f"{name}.txt").write_text(caption)
+
+    def tune(out, flags="", model="facebook/magnet-small-10secs"):
+        return call(train, "--init-from", model, "--data", tmp_path, "--out", out, *FEW, *flags.split())
+    return tune
+
+
+def read_run(folder):
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return torch.load(folder / "checkpoint.pt", weights_only=True), [float(row["loss"]) for row in rows]
+
+
+def test_fine_tuning_takes_all_from_the_published_model_learns_and_plays_with_its_settings(tune, call, tmp_path):
+    ended = tune("run", "--steps 50 --val-every 50 --save-every 50")
+    assert ended.code == 0, ended.err
+    state, losses = read_run(tmp_path / "run")
+    config, sampling = state["config"], state["sampling"]
+    assert (config["seconds"], config["dim"], config["text_len"], config["span_len"]) == (10, 16, 0, 3)
+    assert config["text_encoder"] == "t5-base" and (sampling["schedule"], sampling["top_p"]) == ("released", 0.9)
+    assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.3, "in nats"
+    assert "settings of the model: decoding-steps 20 10 10 10, schedule released" in play(call, "run")
+    assert tune("again", model="run").code == 0, "a tuned model can be tuned further"
+    assert read_run(tmp_path / "again")[0]["sampling"] == sampling
+
+
+def test_train_blocks_trains_the_last_blocks_and_the_heads_and_checkpoint_blocks_changes_nothing(tune, tmp_path):
+    before = load_model("facebook/magnet-small-10secs")[0].state_dict()
+    for out, flags in (("all", ""), ("last", "--train-blocks 1"), ("again", "--train-blocks 1 --checkpoint-blocks")):
+        assert tune(out, flags).code == 0
+    changed = {out: {name.split(".")[0] for name, weight in read_run(tmp_path / out)[0]["model"].items()
+                     if not weight.equal(before[name])} for out in ("all", "last")}
+    assert changed["all"] == {"text_proj", "emb", "blocks", "out_norm", "heads"}
+    assert changed["last"] == {"blocks", "out_norm", "heads"}
+    (last, losses), (again, other) = (read_run(tmp_path / out) for out in ("last", "again"))
+    assert losses == other and all(weight.equal(again["model"][name]) for name, weight in last["model"].items())
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--dim 32", "dim 16; --dim 32"), ("--n-layers 2", "n_layers 1"), ("--n-heads 4", "n_heads 2"),
+    ("--seconds 5", "seconds 10"), ("--text-encoder t5-large", "text_encoder t5-base"), ("--codec toy", "codec"),
+    ("--n-codebooks 2", "n_codebooks 4"), ("--text-len 32", "text_len 0"), ("--train-blocks 2", "has only 1")])
+def test_fine_tuning_refuses_flags_that_contradict_the_model(flags, words, tune, tmp_path):
+    assert_one_line(tune("run", flags), words, flags.split()[0])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+# --------------------------------------------------------------------------------------- back to the published layout
+
+@pytest.mark.parametrize("name", ["magnet-small-10secs", "audio-magnet-small", "musicgen-small", "toy", "toy-ar"])
+def test_an_exported_model_is_read_back_as_it_was(name, hub, call, tmp_path):
+    """Weights to half precision, codec and text encoder with all their weights, settings; from files alone."""
+    before, needs = load_model(name if "toy" in name else f"facebook/{name}")
+    ended = call(export, name if "toy" in name else f"facebook/{name}", "out")
+    assert ended.code == 0, ended.err
+    after, again = load_model(tmp_path / "out")
+    context = -1 if before.config.objective == "ar" else before.config.context  # which these do not use
+    assert after.config == replace(before.config, context=context)
+    for key, weight in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[key], weight, atol=1e-3, rtol=1e-3)
+    schedule = {"schedule": "released"} if before.config.objective == "magnet" else {}  # the only one there
+    brought = SamplingConfig(**needs.sampling | schedule)
+    steps = (brought.decoding_steps + brought.decoding_steps[-1:] * 4)[:4]
+    assert replace(SamplingConfig(**again.sampling), decoding_steps=steps) == replace(brought, decoding_steps=steps)
+    for load, ours, theirs in ((load_codec, needs.codec, again.codec),
+                               (T5Encoder.from_pretrained, needs.text_encoder, again.text_encoder)):
+        assert fingerprint(load(ours)) == fingerprint(load(theirs))
+    play(call, "out")
+
+
+def test_export_refuses_what_has_no_such_layout_and_what_is_there(call, tmp_path):
+    assert_one_line(call(export, "toy-hybrid", "out"), "a hybrid cannot be exported")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "state_dict.bin").touch()
+    assert_one_line(call(export, "toy", "out"), "out holds a model already")

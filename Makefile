@@ -1,6 +1,6 @@
 # make demo   a WAV from a text prompt, offline, with the weights in this repository
 # make test   lint and all tests
-# make mistakes   plants the mistakes of study/mistakes.py, each of which a test must catch
+# make mistakes   plants the mistakes of study/mistakes.md, each of which a test must catch
 PYTHON ?= python3
 PROMPT ?= a slow deep flute plays a rising melody, with drums
 PY := .venv/bin/python

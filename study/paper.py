@@ -60,9 +60,8 @@ def table(found):
     for part, tagged in by_part(found).items():
         words, reason = parts()[part]
         tests = sorted(tests_of(tagged, found), key=lambda test: test.is_reference)
-        more = f" and {len(tests) - 1} more" if len(tests) > 1 else ""
         names = ", ".join(f"`{function}`" for function in tagged[:4]) + ", ..." * (len(tagged) > 4)
-        rows.append(f"| {part}: {words} | {names or reason} | {f'`{tests[0].name}`{more}' if tests else ''} |")
+        rows.append(f"| {part}: {words} | {names or reason} | {f'`{tests[0].name}`' if tests else ''} |")
     return "\n".join(rows)
 
 

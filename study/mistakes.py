@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,9 +54,9 @@ def planted(mistake, root):
     return path, "".join(lines[:first]) + body.replace(mistake.old, mistake.new) + "".join(lines[last:])
 
 
-def try_one(mistake):
+def try_one(mistake, inside):
     """Plant a mistake in a copy and run its function's claims -> (the first that fails, or None; is it a reference)."""
-    with tempfile.TemporaryDirectory(prefix="magnet mistake ") as folder:
+    with tempfile.TemporaryDirectory(dir=inside) as folder:
         root = Path(folder).resolve() / "repository"
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "my", "runs", "cache"))
         path, text = planted(mistake, root)
@@ -92,8 +93,10 @@ def plant_all(names, processes=2):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     start, missed, references = time.perf_counter(), [], 0
-    with multiprocessing.get_context(kind).Pool(processes, leave_signals, maxtasksperchild=1) as pool:
-        for mistake, (claim, is_reference) in zip(chosen, pool.imap(try_one, chosen, chunksize=1), strict=True):
+    with (tempfile.TemporaryDirectory(prefix="magnet mistakes ") as inside,  # gone also after Ctrl-C
+          multiprocessing.get_context(kind).Pool(processes, leave_signals, maxtasksperchild=1) as pool):
+        results = pool.imap(partial(try_one, inside=inside), chosen, chunksize=1)
+        for mistake, (claim, is_reference) in zip(chosen, results, strict=True):
             missed += [mistake.name] if claim is None else []
             references += is_reference
             say(f"{'caught' if claim else 'NOT CAUGHT'}  {mistake.name} ({mistake.function}): {mistake.idea}"

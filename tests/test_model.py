@@ -218,8 +218,6 @@ def test_score_codes_of_codebook_1_knows_what_the_delay_has_written_before(make_
         assert counts == list(range(last + 1)), f"the frames of codebook {level} that count"
 
 
-# ------------------------------------------------------------------------------------------------ what it must survive
-
 def test_all_weights_start_at_the_scale_of_their_inputs_and_learn(make_magnet):
     model = make_magnet(dim=64, card=64)
     for layer, fan_in in ((model.emb[0], 64), (model.heads[0], 64), (model.blocks[0].linear2, 256)):

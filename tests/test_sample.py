@@ -369,8 +369,6 @@ def test_an_autoregressive_model_can_rescore_and_makes_a_difference(objective, m
         steps_of(model, rescorer=rescorer, hybrid_seconds=0.1)
 
 
-# ----------------------------------------------------------------------------------------------------------- all stages
-
 def test_on_step_sees_every_step_of_every_stage(make_magnet):
     steps = steps_of(make_magnet(), decoding_steps=(3, 2))  # the last number holds for all codebooks that follow
     assert [(step["stage"], step["step"]) for step in steps] == [
@@ -388,8 +386,6 @@ def test_generate_fills_a_gap_in_sight_of_both_sides_and_not_of_what_was_in_it(m
     assert made[0].equal(made[1]) and not made[0][:, :, gap].equal(made[2][:, :, gap])
     assert made[2][:, :, ~gap].equal(random_codes(model, 30, B=1, seed=1)[:, :, ~gap]), "the surroundings stay"
 
-
-# -------------------------------------------------------------------------------------------- a clip stands by itself
 
 @OBJECTIVES
 def test_a_clip_is_the_same_alone_in_a_batch_in_another_order_and_beside_any_text(objective, make_magnet):

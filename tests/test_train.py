@@ -52,8 +52,6 @@ def in_spans(hidden, span_len):
     return spans_from_starts(starts, span_len).equal(hidden)
 
 
-# ------------------------------------------------------------------------------------------------------------ the masks
-
 def test_draw_hidden_draws_another_rate_for_every_clip_two_over_pi_on_average(generator):
     rates = train.draw_hidden(4000, 200, 3, generator).float().mean(dim=1)
     assert rates.mean() == pytest.approx(2 / math.pi, abs=0.015)
@@ -343,8 +341,6 @@ def test_train_in_parts_has_the_gradient_of_the_mean_over_all_tokens_of_the_batc
     torch.testing.assert_close(whole.gradients[0], by_hand, atol=1e-6, rtol=1e-3)
 
 
-# -------------------------------------------------------------------------------------------- what each setting changes
-
 TRAINING = {  # a value of each setting that is not the default one; those which need other flags are below
     "objective": "ar", "data": "music", "codec": "codec.pt", "text_encoder": "text", "n_codebooks": 2, "seconds": 0.5,
     "audio_key": "file", "caption_key": "words", "toy_clips": 7, "text_len": 40, "dim": 48, "n_heads": 4, "n_layers": 3,
@@ -454,11 +450,15 @@ def test_train_writes_a_checkpoint_of_tensors_and_plain_types_and_nothing_else(t
     assert sorted(os.listdir(tiny_run)) == [".lock", "checkpoint.pt", "log.csv"]
 
 
-def test_train_init_from_takes_the_averaged_weights_and_nothing_else(train_tiny, tiny_run, tmp_path):
+def test_train_init_from_takes_the_averaged_weights_and_nothing_else(call, train_tiny, tiny_run, tmp_path):
     state = read_state(train_tiny(tmp_path / "run", f"--init-from {tiny_run} --steps 1 --lr 1e-9 --seed 5"))
     assert state["step"] == 1 and all(entry["step"] == 1 for entry in state["optimizer"]["state"].values())
     for weights in (state["model"], state["ema"]):
         torch.testing.assert_close(weights, read_state(tiny_run)["ema"], atol=1e-6, rtol=0)
+    flags = ["--init-from", tiny_run, "--objective", "ar", "--cache", train_tiny.cache, *TINY]
+    ended = call(train, "--out", "ar", *flags)
+    assert ended.code == 0 and "was trained for the objective magnet; this run is ar" in ended.out
+    assert_one_line(call(train, "--out", "b", *flags, "--dim", 48), "goes on with dim 32; --dim 48")
 
 
 def test_train_writes_audio_samples_when_asked(train_tiny, tmp_path):
@@ -536,8 +536,6 @@ def test_train_resume_of_a_finished_run_changes_nothing(train_tiny, tiny_run, tm
     assert_same((read_state(run), read_log(run)), (read_state(tiny_run), read_log(tiny_run)))
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
-
 # Both objectives in one launch of the two processes, because it is the launch that takes long.
 TWO = """
 import sys, train
@@ -594,8 +592,6 @@ def test_train_only_encode_fills_the_cache_that_training_reads_and_stops_and_tou
     assert read_state(tiny_run)["step"] == 10 and sorted(os.listdir()) == ["cache", "music"]
 
 
-# ---------------------------------------------------------------------------------------------------- runs that move
-
 def test_a_run_that_is_moved_with_its_codec_and_data_is_played_and_resumed(call, train_tiny, tmp_path):
     here, there, run = tmp_path / "here", tmp_path / "there", tmp_path / "there" / "run"
     write_music(here / "music", a="a flute")
@@ -630,10 +626,3 @@ def test_two_trainings_in_one_folder_are_refused(call, train_tiny, tmp_path):
         ended = call(train, "--out", tmp_path, "--cache", train_tiny.cache, *TINY)
     assert ended.code == 2 and "another process trains there" in ended.err.splitlines()[-1]
     assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def test_init_from_a_model_of_another_objective_says_so(call, tiny_run, train_tiny, tmp_path):
-    flags = ["--init-from", tiny_run, "--objective", "ar", "--toy-clips", 24, "--steps", 1, "--cache", train_tiny.cache]
-    ended = call(train, "--out", tmp_path / "ar", *flags)
-    assert ended.code == 0 and "was trained for the objective magnet; this run is ar" in ended.out
-    assert_one_line(call(train, "--out", tmp_path / "b", *flags, "--dim", 48), "goes on with dim 32; --dim 48")

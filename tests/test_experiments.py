@@ -94,13 +94,12 @@ def test_full_size_models_are_laid_out_as_published_and_load_back(sounds, tmp_pa
     for name in ("CODEC_32KHZ", "CODEC_16KHZ"):
         tiny = replace(getattr(full_size, name), n_filters=2, dimension=4, codebook_size=16)
         monkeypatch.setattr(full_size, name, tiny)
-    written = []
-    for owner in ("MAGNeT", "Codec", "T5Encoder"):
-        made = getattr(full_size, owner)
-        monkeypatch.setattr(full_size, owner, lambda *args, made=made: written.append(made(*args)) or written[-1])
+    made = {}
+    for kind in (full_size.MAGNeT, full_size.Codec, full_size.T5Encoder):
+        monkeypatch.setattr(full_size, kind.__name__, lambda *args, kind=kind: (
+            made.setdefault(kind.__name__, kind(*args))))
     full_size.write_all(Namespace(sounds=sounds, size="small", clip=10.0), tmp_path / "model")
-    model, codec, encoder = sorted(written, key=lambda module: ("MAGNeT", "Codec", "T5Encoder").index(
-        type(module).__name__))
+    model, codec, encoder = made["MAGNeT"], made["Codec"], made["T5Encoder"]
     loaded, companions = load_model(tmp_path / "model")
     assert loaded.config == model.config and companions.sampling == {"schedule": "released"}
     back = load_codec(companions.codec)

@@ -397,6 +397,14 @@ def test_train_scales_the_loss_for_float16_only(watch):
         assert seen.type == dtype and seen.run.scaler.is_enabled() == (name == "fp16")
 
 
+def test_model_config_turns_the_context_into_frames_to_the_nearest_and_a_negative_one_into_everywhere():
+    codec = SimpleNamespace(n_codebooks=1, codebook_size=16, frame_rate=50.0)
+    encoder = SimpleNamespace(config=SimpleNamespace(d_model=8))
+    for ms, frames in ((100, 5), (30, 2), (0, 0), (-1, -1)):
+        config = train.model_config([], TrainConfig(context_ms=ms, dim=8, n_heads=1), {}, codec, encoder)
+        assert config.context == frames, f"{ms} ms at 50 frames a second"
+
+
 def test_every_setting_stands_in_the_table():
     has_its_own_test = {"accumulate", "clip_norm"}  # in the recipe; as such they change a log by rounding only
     assert TRAINING.keys() | has_its_own_test == {field.name for field in fields(TrainConfig)}
@@ -420,6 +428,7 @@ def losses(run):
 
 def assert_same(a, b, where="checkpoint"):
     """Two nested structures are equal, every bit of them."""
+    assert type(a) is type(b), where
     if isinstance(a, dict | list | tuple):
         a, b = (dict(x if isinstance(x, dict) else enumerate(x)) for x in (a, b))
         assert a.keys() == b.keys(), where

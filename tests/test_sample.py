@@ -387,6 +387,11 @@ def test_generate_fills_a_gap_in_sight_of_both_sides_and_not_of_what_was_in_it(m
     assert made[2][:, :, ~gap].equal(random_codes(model, 30, B=1, seed=1)[:, :, ~gap]), "the surroundings stay"
 
 
+def test_clip_streams_give_every_clip_numbers_of_its_own():
+    first, second, again = (stream.random() for stream in clip_streams(7, [1, 2, 1]))
+    assert first == again != second and clip_streams(8, [1])[0].random() != first
+
+
 @OBJECTIVES
 def test_a_clip_is_the_same_alone_in_a_batch_in_another_order_and_beside_any_text(objective, make_magnet):
     """Clips 1 to 3 of seed 7; the neighbour's text has 512 tokens, so has the negative prompt beside a short one."""

@@ -121,19 +121,14 @@ def test_crossings_lie_between_the_batches_where_the_faster_one_changes():
 
 
 def test_the_table_of_latency_is_of_seconds_per_clip(capsys):
-    rows = [row("magnet", 1, 1), row("magnet", 4, 4), row("ar", 1, 1.5), row("ar", 4, 2)]
-    compare.print_latency(rows)
+    compare.print_latency([row("magnet", 1, 1), row("magnet", 4, 4), row("ar", 1, 1.5), row("ar", 4, 2)])
     *_, line = capsys.readouterr().out.splitlines()
     assert line == "| 4 s | 1 / 1.5 | 1 / 0.5 | 2 clips |"  # by a half slower, then by a half faster
-    for seconds, words in ((8, "MAGNeT ahead"), (0.5, "autoregressive ahead")):
-        compare.print_latency([*rows[:2], row("ar", 1, seconds), row("ar", 4, seconds)])
-        assert capsys.readouterr().out.endswith(f"| {words} |\n")
 
 
 def test_compare_says_what_is_missing_or_wrong(call, tiny_models, tmp_path):
     for flags, words in (("quality", "at least one of --magnet, --ar, --hybrid"), ("plot", "holds neither"),
                          (f"quality --ar {tmp_path / 'magnet.pt'} --n 4", "--ar .*: the model's objective is magnet"),
-                         ("latency --shape tiny --batches 0", "--batches and --repeats must be at least 1"),
-                         ("latency --shape tiny --repeats 0", "--batches and --repeats must be at least 1")):
+                         ("latency --shape tiny --batches 0", "--batches and --repeats must be at least 1")):
         with pytest.raises(ValueError, match=words):
             call(flags)

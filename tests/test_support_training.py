@@ -3,9 +3,6 @@
 Whole runs that stop, resume and split up are in test_train.py.
 """
 
-import csv
-import os
-import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -27,16 +24,6 @@ def test_log_drops_the_rows_after_the_checkpoint_and_what_was_torn_and_counts_th
     text = (tmp_path / "log.csv").read_text().replace("\r", "")
     assert text.startswith(ROWS + "3,0.333333,") and text.count("\n") == 4
     assert 20 <= float(text.split(",")[-1]) < 30, "time goes on where the checkpoint's row stopped"
-
-
-def test_log_keeps_its_history_if_it_is_killed_while_it_is_written_anew(tmp_path):
-    """A child is killed at the moment at which the rows would be written."""
-    (tmp_path / "log.csv").write_text(ROWS)
-    if not (child := os.fork()):
-        csv.DictWriter.writerows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        Log(tmp_path / "log.csv", ["step", "loss", "seconds"], first=2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert (tmp_path / "log.csv").read_text() == ROWS
 
 
 def test_parts_gives_every_process_its_own_rows_and_all_of_them_once(monkeypatch):

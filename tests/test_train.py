@@ -52,8 +52,6 @@ def in_spans(hidden, span_len):
     return spans_from_starts(starts, span_len).equal(hidden)
 
 
-# ------------------------------------------------------------------------------------------------------------ the masks
-
 def test_draw_hidden_draws_another_rate_for_every_clip_two_over_pi_on_average(generator):
     rates = train.draw_hidden(4000, 200, 3, generator).float().mean(dim=1)
     assert rates.mean() == pytest.approx(2 / math.pi, abs=0.015)
@@ -343,8 +341,6 @@ def test_train_in_parts_has_the_gradient_of_the_mean_over_all_tokens_of_the_batc
     torch.testing.assert_close(whole.gradients[0], by_hand, atol=1e-6, rtol=1e-3)
 
 
-# -------------------------------------------------------------------------------------------- what each setting changes
-
 TRAINING = {  # a value of each setting that is not the default one; those which need other flags are below
     "objective": "ar", "data": "music", "codec": "codec.pt", "text_encoder": "text", "n_codebooks": 2, "seconds": 0.5,
     "audio_key": "file", "caption_key": "words", "toy_clips": 7, "text_len": 40, "dim": 48, "n_heads": 4, "n_layers": 3,
@@ -401,6 +397,14 @@ def test_train_scales_the_loss_for_float16_only(watch):
         assert seen.type == dtype and seen.run.scaler.is_enabled() == (name == "fp16")
 
 
+def test_model_config_turns_the_context_into_frames_to_the_nearest_and_a_negative_one_into_everywhere():
+    codec = SimpleNamespace(n_codebooks=1, codebook_size=16, frame_rate=50.0)
+    encoder = SimpleNamespace(config=SimpleNamespace(d_model=8))
+    for ms, frames in ((100, 5), (30, 2), (0, 0), (-1, -1)):
+        config = train.model_config([], TrainConfig(context_ms=ms, dim=8, n_heads=1), {}, codec, encoder)
+        assert config.context == frames, f"{ms} ms at 50 frames a second"
+
+
 def test_every_setting_stands_in_the_table():
     has_its_own_test = {"accumulate", "clip_norm"}  # in the recipe; as such they change a log by rounding only
     assert TRAINING.keys() | has_its_own_test == {field.name for field in fields(TrainConfig)}
@@ -424,6 +428,7 @@ def losses(run):
 
 def assert_same(a, b, where="checkpoint"):
     """Two nested structures are equal, every bit of them."""
+    assert type(a) is type(b), where
     if isinstance(a, dict | list | tuple):
         a, b = (dict(x if isinstance(x, dict) else enumerate(x)) for x in (a, b))
         assert a.keys() == b.keys(), where
@@ -486,11 +491,15 @@ def test_a_hybrid_that_learned_two_clips_by_heart_plays_them_in_every_way(genera
         assert played.equal(codes), f"with {seconds} s from left to right {(played != codes).sum()} of 40 tokens differ"
 
 
-def test_train_init_from_takes_the_averaged_weights_and_nothing_else(train_tiny, tiny_run, tmp_path):
+def test_train_init_from_takes_the_averaged_weights_and_nothing_else(call, train_tiny, tiny_run, tmp_path):
     state = read_state(train_tiny(tmp_path / "run", f"--init-from {tiny_run} --steps 1 --lr 1e-9 --seed 5"))
     assert state["step"] == 1 and all(entry["step"] == 1 for entry in state["optimizer"]["state"].values())
     for weights in (state["model"], state["ema"]):
         torch.testing.assert_close(weights, read_state(tiny_run)["ema"], atol=1e-6, rtol=0)
+    flags = ["--init-from", tiny_run, "--objective", "ar", "--cache", train_tiny.cache, *TINY]
+    ended = call(train, "--out", "ar", *flags)
+    assert ended.code == 0 and "was trained for the objective magnet; this run is ar" in ended.out
+    assert_one_line(call(train, "--out", "b", *flags, "--dim", 48), "goes on with dim 32; --dim 48")
 
 
 def test_train_writes_audio_samples_when_asked(train_tiny, tmp_path):
@@ -568,8 +577,6 @@ def test_train_resume_of_a_finished_run_changes_nothing(train_tiny, tiny_run, tm
     assert_same((read_state(run), read_log(run)), (read_state(tiny_run), read_log(tiny_run)))
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
-
 # Both objectives in one launch of the two processes, because it is the launch that takes long.
 TWO = """
 import sys, train
@@ -626,8 +633,6 @@ def test_train_only_encode_fills_the_cache_that_training_reads_and_stops_and_tou
     assert read_state(tiny_run)["step"] == 10 and sorted(os.listdir()) == ["cache", "music"]
 
 
-# ---------------------------------------------------------------------------------------------------- runs that move
-
 def test_a_run_that_is_moved_with_its_codec_and_data_is_played_and_resumed(call, train_tiny, tmp_path):
     here, there, run = tmp_path / "here", tmp_path / "there", tmp_path / "there" / "run"
     write_music(here / "music", a="a flute")
@@ -662,10 +667,3 @@ def test_two_trainings_in_one_folder_are_refused(call, train_tiny, tmp_path):
         ended = call(train, "--out", tmp_path, "--cache", train_tiny.cache, *TINY)
     assert ended.code == 2 and "another process trains there" in ended.err.splitlines()[-1]
     assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def test_init_from_a_model_of_another_objective_says_so(call, tiny_run, train_tiny, tmp_path):
-    flags = ["--init-from", tiny_run, "--objective", "ar", "--toy-clips", 24, "--steps", 1, "--cache", train_tiny.cache]
-    ended = call(train, "--out", tmp_path / "ar", *flags)
-    assert ended.code == 0 and "was trained for the objective magnet; this run is ar" in ended.out
-    assert_one_line(call(train, "--out", tmp_path / "b", *flags, "--dim", 48), "goes on with dim 32; --dim 48")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.full_size import published_state
+from experiments.export import published_state
 from masking import mask_codes, restricted_attention_mask
 from model import MAGNeT, ModelConfig, attention, local_attention
 from sample import SamplingConfig, generate

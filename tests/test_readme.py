@@ -48,7 +48,7 @@ def flags_of(module):
 
 def test_the_front_page_is_short_and_begins_with_a_picture_and_the_two_commands():
     assert len(FRONT.splitlines()) <= 200
-    places = [FRONT.index(text) for text in ("decoding.png", "make demo", "make test", "## Six files")]
+    places = [FRONT.index(text) for text in ("decode.png", "make demo", "make test", "## Six files")]
     assert places == sorted(places)
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from toy import band, memory, signals, tunebook, tunes
+from encodec_wrap import load_codec
+from t5_encoder import T5Encoder
+from toy import band, memory, signals, tunebook, tunes, weights_of
 from toy.evaluate import swapped_prompts
 from toy.train_codec import check
 from toy.train_text import draw_caption
@@ -335,3 +337,32 @@ def test_memory_finds_training_tunes_in_clips_of_them_more_than_in_test_tunes():
                  for seed in range(25)]
         shares[split] = memory.found_melodies(torch.from_numpy(np.stack(clips))).mean().item()
     assert shares["train"] > shares["test"] + 0.1
+
+
+# ------------------------------------------------------------------------------------------------ what ships for them
+
+def test_tunes_weights_that_ship_fit_their_world_and_stay_small():
+    codec = load_codec(weights_of("tunes") / "codec.pt")
+    assert (codec.sample_rate, codec.frame_rate, codec.n_codebooks, codec.codebook_size) == (SAMPLE_RATE, 50, 4, 1024)
+    assert sum(path.stat().st_size for path in weights_of("tunes").rglob("*") if path.is_file()) < 20e6
+
+
+def test_tunes_text_encoder_that_ships_has_a_piece_for_every_letter_of_the_captions():
+    encoder = T5Encoder.from_pretrained(weights_of("tunes") / "text")
+    for index in range(200):
+        caption = tunes.describe(index, "test")[1]
+        ids, mask = encoder.tokenizer([caption])
+        assert 2 not in ids[mask.bool()], ("an unknown piece", caption)
+
+
+@wants_tunes
+def test_tunes_melodies_of_test_tunes_go_through_the_codec_that_ships():
+    """Runs of three intervals that the pitch track hears behind the codec are the melody's own."""
+    codec, found = load_codec(weights_of("tunes") / "codec.pt"), []
+    for seed, instrument in enumerate(("fiddle", "harmonium", "trumpet", "banjo") * 2):
+        asked = {"instrument": instrument, "split": "test"}
+        known = set(memory.runs(pitches_in_order(notes(seed, **asked)["melody"]), 3))
+        wav = tunes.render(PLAIN | {"instrument": instrument}, np.random.default_rng(seed), split="test")
+        coded = codec.decode(codec.encode(torch.from_numpy(wav)[None, None]))[0, 0].numpy()
+        found += [run in known for run in memory.runs(signals.melody(coded), 3)]
+    assert len(found) > 40 and np.mean(found) > 0.7

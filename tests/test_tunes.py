@@ -13,6 +13,8 @@ from encodec_wrap import load_codec
 from t5_encoder import T5Encoder
 from toy import band, memory, signals, tunebook, tunes, weights_of
 from toy.evaluate import swapped_prompts
+from toy.judge import KeyNet
+from toy.mel import onset_bands, pitch_profile
 from toy.train_codec import check
 from toy.train_text import draw_caption
 from toy.tunes import ATTRIBUTES, PAIR, PITCHES, PROGRAMS, RATES, SAMPLE_RATE, SPLITS, UNSEEN_PAIRS, WORDS
@@ -170,6 +172,32 @@ def test_codec_check_measures_no_distance_of_a_copy_and_half_of_half_the_level()
         {"relative mel distance": 0, "log-mel distance": 0, "bits per code": 0}, abs=1e-5)
     codec.gain = 0.5
     assert check(codec, clips)["relative mel distance"] == pytest.approx(0.5, abs=1e-4)
+
+
+def tones(pitches, seconds=1.0):
+    """Plain tones of these MIDI pitches together: (1, S)."""
+    t = torch.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    return sum(torch.sin(2 * np.pi * 440 * 2 ** ((pitch - 69) / 12) * t) for pitch in pitches)[None]
+
+
+def test_mel_pitch_profile_peaks_at_the_pitch_that_sounds():
+    profile = pitch_profile(tones([69]), SAMPLE_RATE).flatten()
+    assert profile.argmax() == 3 * (69 - 28), "thirds of a semitone above E1, MIDI pitch 28"
+
+
+def test_judge_key_net_hears_the_same_in_every_key_and_another_mode_as_another():
+    """The twelve keys are turns of the octave, each by three thirds of a semitone."""
+    torch.manual_seed(0)
+    net, (major, minor) = KeyNet(), (pitch_profile(tones(chord), SAMPLE_RATE) for chord in ((60, 64, 67), (60, 63, 67)))
+    for key in range(12):
+        assert torch.allclose(net(major), net(major.roll(3 * key, dims=2)), atol=1e-5)
+    assert (net(major) - net(minor)).abs().max() > 1e-2
+
+
+def test_mel_onset_bands_rise_where_a_tone_begins():
+    wav = torch.cat([torch.zeros(1, SAMPLE_RATE // 2), tones([69], 0.5)], dim=1)
+    rises = onset_bands(wav, SAMPLE_RATE)[0, :7].sum(dim=0)
+    assert abs(rises.argmax().item() - 50) <= 2, "half a second, in steps of 10 ms"
 
 
 def test_signals_melody_hears_the_notes_of_plain_tones_and_no_slips():

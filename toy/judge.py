@@ -7,7 +7,7 @@ others, of other tunes where there are tunes, and what a model made it never hea
 
     python -m toy.judge --out runs/judge            # train
     python -m toy.judge --check    # how well the shipped judge reads fresh clips, and whether plain measures agree
-    python -m toy.judge --data tunes --clips 16000 --steps 6000 --out runs/tunes_judge
+    python -m toy.judge --data tunes --clips 8000 --steps 3000 --out runs/tunes_judge
 """
 
 import math

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from toy import band, memory, signals, tunebook, tunes
+from encodec_wrap import load_codec
+from t5_encoder import T5Encoder
+from toy import band, memory, signals, tunebook, tunes, weights_of
 from toy.evaluate import swapped_prompts
+from toy.judge import KeyNet
+from toy.mel import onset_bands, pitch_profile
 from toy.train_codec import check
 from toy.train_text import draw_caption
 from toy.tunes import ATTRIBUTES, PAIR, PITCHES, PROGRAMS, RATES, SAMPLE_RATE, SPLITS, UNSEEN_PAIRS, WORDS
@@ -168,6 +172,32 @@ def test_codec_check_measures_no_distance_of_a_copy_and_half_of_half_the_level()
         {"relative mel distance": 0, "log-mel distance": 0, "bits per code": 0}, abs=1e-5)
     codec.gain = 0.5
     assert check(codec, clips)["relative mel distance"] == pytest.approx(0.5, abs=1e-4)
+
+
+def tones(pitches, seconds=1.0):
+    """Plain tones of these MIDI pitches together: (1, S)."""
+    t = torch.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    return sum(torch.sin(2 * np.pi * 440 * 2 ** ((pitch - 69) / 12) * t) for pitch in pitches)[None]
+
+
+def test_mel_pitch_profile_peaks_at_the_pitch_that_sounds():
+    profile = pitch_profile(tones([69]), SAMPLE_RATE).flatten()
+    assert profile.argmax() == 3 * (69 - 28), "thirds of a semitone above E1, MIDI pitch 28"
+
+
+def test_judge_key_net_hears_the_same_in_every_key_and_another_mode_as_another():
+    """The twelve keys are turns of the octave, each by three thirds of a semitone."""
+    torch.manual_seed(0)
+    net, (major, minor) = KeyNet(), (pitch_profile(tones(chord), SAMPLE_RATE) for chord in ((60, 64, 67), (60, 63, 67)))
+    for key in range(12):
+        assert torch.allclose(net(major), net(major.roll(3 * key, dims=2)), atol=1e-5)
+    assert (net(major) - net(minor)).abs().max() > 1e-2
+
+
+def test_mel_onset_bands_rise_where_a_tone_begins():
+    wav = torch.cat([torch.zeros(1, SAMPLE_RATE // 2), tones([69], 0.5)], dim=1)
+    rises = onset_bands(wav, SAMPLE_RATE)[0, :7].sum(dim=0)
+    assert abs(rises.argmax().item() - 50) <= 2, "half a second, in steps of 10 ms"
 
 
 def test_signals_melody_hears_the_notes_of_plain_tones_and_no_slips():
@@ -335,3 +365,32 @@ def test_memory_finds_training_tunes_in_clips_of_them_more_than_in_test_tunes():
                  for seed in range(25)]
         shares[split] = memory.found_melodies(torch.from_numpy(np.stack(clips))).mean().item()
     assert shares["train"] > shares["test"] + 0.1
+
+
+# ------------------------------------------------------------------------------------------------ what ships for them
+
+def test_tunes_weights_that_ship_fit_their_world_and_stay_small():
+    codec = load_codec(weights_of("tunes") / "codec.pt")
+    assert (codec.sample_rate, codec.frame_rate, codec.n_codebooks, codec.codebook_size) == (SAMPLE_RATE, 50, 4, 1024)
+    assert sum(path.stat().st_size for path in weights_of("tunes").rglob("*") if path.is_file()) < 20e6
+
+
+def test_tunes_text_encoder_that_ships_has_a_piece_for_every_letter_of_the_captions():
+    encoder = T5Encoder.from_pretrained(weights_of("tunes") / "text")
+    for index in range(200):
+        caption = tunes.describe(index, "test")[1]
+        ids, mask = encoder.tokenizer([caption])
+        assert 2 not in ids[mask.bool()], ("an unknown piece", caption)
+
+
+@wants_tunes
+def test_tunes_melodies_of_test_tunes_go_through_the_codec_that_ships():
+    """Runs of three intervals that the pitch track hears behind the codec are the melody's own."""
+    codec, found = load_codec(weights_of("tunes") / "codec.pt"), []
+    for seed, instrument in enumerate(("fiddle", "harmonium", "trumpet", "banjo") * 2):
+        asked = {"instrument": instrument, "split": "test"}
+        known = set(memory.runs(pitches_in_order(notes(seed, **asked)["melody"]), 3))
+        wav = tunes.render(PLAIN | {"instrument": instrument}, np.random.default_rng(seed), split="test")
+        coded = codec.decode(codec.encode(torch.from_numpy(wav)[None, None]))[0, 0].numpy()
+        found += [run in known for run in memory.runs(signals.melody(coded), 3)]
+    assert len(found) > 40 and np.mean(found) > 0.7

@@ -7,7 +7,7 @@ others, of other tunes where there are tunes, and what a model made it never hea
 
     python -m toy.judge --out runs/judge            # train
     python -m toy.judge --check    # how well the shipped judge reads fresh clips, and whether plain measures agree
-    python -m toy.judge --data tunes --clips 16000 --steps 6000 --out runs/tunes_judge
+    python -m toy.judge --data tunes --clips 8000 --steps 3000 --out runs/tunes_judge
 """
 
 import math
@@ -24,22 +24,54 @@ from encodec_wrap import load_codec
 from support.cli import Parser, run
 from support.files import load_strictly, read_checkpoint, save_whole
 from toy import WORLDS, signals, weights_of, world, world_of
-from toy.mel import log_mel, mel_spectrogram
+from toy.mel import log_mel, mel_spectrogram, onset_bands, pitch_profile
 
 FLOOR = math.log(1e-2)  # of `log_mel`
 
 
 @dataclass
 class Ears:
-    """The spectrograms that a judge reads; keys and modes want a finer one than the toy world has to have."""
+    """What a judge hears by: a log-mel spectrogram and, for keys and dances, what the two nets below read."""
 
     sample_rate: int = world.SAMPLE_RATE
     n_fft: int = 1024
     hop: int = 256
     n_mels: int = 64  # a multiple of 8
+    music: bool = False  # whether there are a `KeyNet` and a `RhythmNet`
 
 
-EARS = {"toy": Ears(), "tunes": Ears(n_fft=2048, hop=400, n_mels=128)}
+EARS = {"toy": Ears(), "tunes": Ears(music=True)}
+
+
+class KeyNet(nn.Module):
+    """Reads keys off a pitch profile. It slides round the octave, so that no key is different from any other."""
+
+    def __init__(self, width=48):
+        super().__init__()
+        self.slide, self.mix = nn.Conv1d(6, width, 36), nn.Conv1d(width, width, 1)
+
+    def forward(self, profile):
+        """Profiles (B, 6, 36) -> (B, 2 * width)."""
+        x = (profile - profile.mean(dim=(1, 2), keepdim=True)) / profile.std(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+        x = F.gelu(self.mix(F.gelu(self.slide(F.pad(x, (0, 35), mode="circular")))))
+        return torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1)
+
+
+class RhythmNet(nn.Module):
+    """Reads rhythms off onsets: dilated convolutions that see two seconds in steps of 10 ms."""
+
+    def __init__(self, width=48):
+        super().__init__()
+        self.first = nn.Conv1d(14, width, 7, padding=3)
+        self.layers = nn.ModuleList(
+            nn.Conv1d(width, width, 5, padding=2 * dilation, dilation=dilation) for dilation in (1, 2, 4, 8, 16, 24))
+
+    def forward(self, bands):
+        """Onset bands (B, 14, frames) -> (B, 2 * width)."""
+        x = F.gelu(self.first(bands))
+        for layer in self.layers:
+            x = x + F.gelu(layer(x))
+        return torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1)
 
 
 class Judge(nn.Module):
@@ -57,37 +89,40 @@ class Judge(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(4, b) for b in channels[1:])
         self.squeeze = nn.Conv1d(width * ears.n_mels // 8, 2 * width, 1)
         self.times = nn.ModuleList(nn.Conv1d(2 * width, 2 * width, 5, padding=2) for _ in range(3))
-        self.hidden = nn.Linear(4 * width, embedding)
+        self.music = nn.ModuleList([KeyNet(width), RhythmNet(width)] if ears.music else [])
+        self.hidden = nn.Linear(4 * width * (2 if ears.music else 1), embedding)
         self.readers = nn.ModuleDict({name: nn.Linear(embedding, len(values)) for name, values in attributes.items()})
 
-    def image(self, wav):
-        """Audio (B, S) at 16 kHz -> log-mel spectrograms (B, mels, frames)."""
-        return log_mel(mel_spectrogram(wav, *vars(self.ears).values()))
+    def hear(self, wav):
+        """Audio (B, S) at 16 kHz -> what is read of it: [log-mel spectrograms (B, mels, frames), ...]."""
+        rate, n_fft, hop, n_mels, music = vars(self.ears).values()
+        heard = [log_mel(mel_spectrogram(wav, rate, n_fft, hop, n_mels))]
+        return heard + ([pitch_profile(wav, rate), onset_bands(wav, rate)] if music else [])
 
     def embed(self, wav):
         """Audio (B, S) at 16 kHz -> embeddings (B, E)."""
-        return self.embed_image(self.image(wav))
+        return self.embed_heard(*self.hear(wav))
 
-    def embed_image(self, image):
-        """Log-mel spectrograms (B, mels, frames) -> embeddings (B, E)."""
+    def embed_heard(self, image, *music):
+        """What `hear` gives -> embeddings (B, E)."""
         x = image[:, None]
         for conv, norm in zip(self.images, self.norms, strict=True):
             x = F.gelu(norm(conv(x)))
         x = F.gelu(self.squeeze(x.flatten(1, 2)))  # (B, 2 W, frames / 8)
         for conv in self.times:
             x = x + F.gelu(conv(x))
-        return F.gelu(self.hidden(torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1)))
+        more = [net(part) for net, part in zip(self.music, music, strict=True)]
+        return F.gelu(self.hidden(torch.cat([x.mean(dim=2), x.amax(dim=2), *more], dim=1)))
 
-    def forward(self, image):
-        """Log-mel spectrograms (B, mels, frames) -> {attribute: logits (B, values)}."""
-        embedding = self.embed_image(image)
+    def forward(self, *heard):
+        """What `hear` gives -> {attribute: logits (B, values)}."""
+        embedding = self.embed_heard(*heard)
         return {name: reader(embedding) for name, reader in self.readers.items()}
 
     @torch.inference_mode()
     def read(self, wav):
         """Audio (B, S) -> (B, attributes) long: the index of the value heard of each attribute."""
-        logits = self(self.image(wav))
-        return torch.stack([x.argmax(dim=1) for x in logits.values()], dim=1)
+        return torch.stack([x.argmax(dim=1) for x in self(*self.hear(wav)).values()], dim=1)
 
 
 def load_judge(name_or_path="toy"):
@@ -178,8 +213,8 @@ def train(args):
     bar = trange(args.steps)
     for _ in bar:
         rows = torch.randint(len(wav), (32,))
-        image = judge.image(disturb(wav[rows].float()))
-        logits = judge(smudge(image))
+        image, *music = judge.hear(disturb(wav[rows].float()))
+        logits = judge(smudge(image), *(part + 0.1 * torch.randn_like(part) for part in music))
         loss = sum(F.cross_entropy(x, y) for x, y in zip(logits.values(), labels[rows].T, strict=True))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -379,7 +379,7 @@ def test_tunes_text_encoder_that_ships_has_a_piece_for_every_letter_of_the_capti
     encoder = T5Encoder.from_pretrained(weights_of("tunes") / "text")
     for index in range(200):
         caption = tunes.describe(index, "test")[1]
-        ids, mask = encoder.tokenizer([caption])
+        ids, mask = encoder.tokenize([caption])
         assert 2 not in ids[mask.bool()], ("an unknown piece", caption)
 
 

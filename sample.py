@@ -382,7 +382,6 @@ def main():
     dtype = pick_dtype(request.dtype, device)
     model, companions = load_model(request.model, device, dtype)
     config = from_flags(args, make_config(SamplingConfig, companions.sampling, request.model))  # flags go first
-    say_settings(config, companions.sampling)
     codec = load_codec(request.codec or companions.codec, model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(request.text_encoder or companions.text_encoder)
     companions.check(codec, encoder)
@@ -412,6 +411,7 @@ def main():
             for clip, row in zip(batch, codes, strict=True):
                 save_audio(clip.path, codec.decode(row[None])[..., :n_samples], codec.sample_rate)
                 say(f"wrote {clip.path}  {clip.prompt}  (again: --seed {request.seed} --only {clip.number})")
+    say_settings(config, companions.sampling)
     elapsed, total = time.perf_counter() - start, n_samples / codec.sample_rate * len(clips)
     say(f"{model}\n{elapsed:.1f} s on {device} for {total:g} s of audio: real-time factor {elapsed / total:.2f}")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import operator
 import os
 import signal
 import sys
@@ -12,14 +13,16 @@ from pathlib import Path
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = {int: "whole number", float: "number", str: "text", bool: "True or False"}
+BOUNDS = {"above": operator.gt, "at least": operator.ge, "at most": operator.le}
 
 
 def option(default=dataclasses.MISSING, help="", choices=None, low=None, high=None, above=None, flag=None):
     """A field of a `Config`: its default, its meaning, and what it may be: one of `choices`, or low <= x <= high, or
-    x > above. In a tuple the bounds hold for each number. A default of None allows None, for "not given".
-    """
-    limits = {"choices": choices, "low": low, "high": high, "above": above, "flag": flag}
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+    x > above. In a tuple the bounds hold for each number. A default of None allows None, for "not given"."""
+    bounds = {word: x for word, x in (("above", above), ("at least", low), ("at most", high)) if x is not None}
+    return dataclasses.field(default=default, metadata={
+        "help": help, "choices": choices, "bounds": bounds, "flag": flag})
 
 
 class Config:
@@ -28,7 +31,7 @@ class Config:
     def __post_init__(self):
         """ValueError names the field and says what would be right. Numbers must be finite."""
         for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
+            value, choices, bounds = getattr(self, field.name), field.metadata["choices"], field.metadata["bounds"]
             if value is None and field.default is None:
                 continue
             if isinstance(value, list):
@@ -36,19 +39,14 @@ class Config:
             many = typing.get_origin(field.type) is tuple
             kind = typing.get_args(field.type)[0] if many else field.type
             values = value if many and isinstance(value, tuple) else (value,)
-            accepted = (int, float) if kind is float else kind
-            right = bool(values) and many == isinstance(value, tuple) and all(
-                isinstance(x, accepted) and (kind is bool or not isinstance(x, bool)) for x in values)
-            if right and kind in (int, float):
-                low, high, above = limits["low"], limits["high"], limits["above"]
-                right = all(abs(x) <= sys.float_info.max and (low is None or x >= low) and (high is None or x <= high)
-                            and (above is None or x > above) for x in values)
-            if not right or limits["choices"] and value not in limits["choices"]:
-                name = {int: "whole number", float: "number", str: "text", bool: "True or False"}[kind] + "s" * many
-                bounds = [f"{word} {limits[limit]:,}" for limit, word in
-                          (("above", "above"), ("low", "at least"), ("high", "at most")) if limits[limit] is not None]
-                wanted = " or ".join(map(str, limits["choices"] or ())) or f"{name} {' and '.join(bounds)}".strip()
-                raise ValueError(f"{field.name} must be {wanted}, not {repr(value)[:80] if value != () else 'empty'}")
+            right = bool(values) and all(
+                isinstance(x, (int, float) if kind is float else kind) and isinstance(x, bool) == (kind is bool)
+                and (kind is str or abs(x) <= sys.float_info.max)
+                and all(BOUNDS[word](x, bound) for word, bound in bounds.items()) for x in values)
+            if not right or many != isinstance(value, tuple) or choices and value not in choices:
+                wanted = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items())
+                wanted = " or ".join(choices or ()) or f"{KINDS[kind]}{'s' * many} {wanted}".strip()
+                raise ValueError(f"{field.name} must be {wanted}, not {value!r:.80}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,15 +60,14 @@ def add_flags(parser, *config_classes):
     """Give `parser` one flag for every field of each `Config`: top_p -> --top-p. What is not given is absent from the
     parsed arguments, so that `from_flags` can tell it from a default."""
     for field in [field for config_class in config_classes for field in dataclasses.fields(config_class)]:
-        flag, kind = field.metadata["flag"] or "--" + field.name.replace("_", "-"), field.type
         default = "" if field.default is None else f" (default: {field.default})".replace("%", "%%")
-        more = {"dest": field.name, "default": argparse.SUPPRESS, "help": field.metadata["help"] + default}
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **more)
-        elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag, type=typing.get_args(kind)[0], nargs="+", **more)
-        else:
-            parser.add_argument(flag, type=kind, choices=field.metadata["choices"], **more)
+        kind = {"type": field.type, "choices": field.metadata["choices"]}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(field.type) is tuple:
+            kind = {"type": typing.get_args(field.type)[0], "nargs": "+"}
+        parser.add_argument(field.metadata["flag"] or "--" + field.name.replace("_", "-"), dest=field.name,
+                            default=argparse.SUPPRESS, help=field.metadata["help"] + default, **kind)
 
 
 def from_flags(args, config):
@@ -81,18 +78,12 @@ def from_flags(args, config):
 
 def pick_device(name):
     """"auto" -> CUDA, else Apple's MPS, else the CPU; any other name is checked. ValueError where it is not there."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in have if have[kind])
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: no such device") from error
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not have.get(device.type, False) or (device.index or 0) >= count:
-        there = [kind if kind != "cuda" else f"cuda:0 to cuda:{count - 1}" for kind in have if have[kind]]
-        raise ValueError(f"--device {name}: this machine has {', '.join(there)}")
-    return device
+    have = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    have += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    name = {"auto": have[0], "cuda": "cuda:0"}.get(name, name)
+    if name not in have:
+        raise ValueError(f"--device {name}: this machine has {', '.join(have)}")
+    return torch.device(name)
 
 
 def pick_dtype(name, device):
@@ -100,11 +91,10 @@ def pick_dtype(name, device):
     else float16 on a GPU and float32 on a CPU."""
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
     if device.type == "cpu":
         return torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else torch.float32
-    return torch.float16
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if is_fast else torch.float16
 
 
 def say(text):
@@ -117,11 +107,8 @@ def say(text):
 
 
 def run(main):
-    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2.
-
-    A warning is one line there, too. Ctrl-C and SIGTERM raise KeyboardInterrupt, so that both are treated alike: exit
-    code 130 or 143.
-    """
+    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2. A warning
+    is one line there, too. Ctrl-C and SIGTERM both raise KeyboardInterrupt: exit code 130 or 143."""
     def interrupt(number, _):
         raise KeyboardInterrupt(number)
 

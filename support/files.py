@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
          torch.uint8, torch.bool)  # types of weights
-STALE = 3600  # seconds without a change after which a temporary file is what a killed process left behind
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -28,21 +26,15 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
 @contextmanager
 def whole_file(path):
-    """A temporary path beside `path`, to write to: it takes the name `path` at the end, or goes after an error.
-
-    Such files that killed processes left behind are removed on the way, an hour later. OSError if it cannot be written,
-    a full disk included.
-    """
+    """A temporary path beside `path`, to write to: it takes the name `path` at the end, or goes after an error. OSError
+    if it cannot be written, a full disk included. Only a process that is killed leaves it behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for litter in path.parent.glob(f".{path.name}.*.tmp"):
-        if time.time() - litter.stat().st_mtime > STALE:
-            litter.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
-    except RuntimeError as error:  # as torch reports a full disk
+    except (RuntimeError, OSError) as error:  # RuntimeError: as torch reports a full disk
         raise OSError(f"{path}: could not be written, what was there is kept ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,12 +47,10 @@ def save_whole(content, path):
 
 
 def read_checkpoint(path, keys=()):
-    """The dictionary in a file of torch.save, .safetensors or .json, or in the shards that an .index.json lists.
-
-    No code in it is run, checksums are verified, and tensors stay in the file until they are used. ValueError names a
-    file that is damaged, holds no dictionary, or lacks one of `keys`.
-    """
-    path, damaged = Path(path), None
+    """The dictionary in a file of torch.save, .safetensors or .json, or in the shards that an .index.json lists. No
+    code in it is run, checksums are verified, and tensors stay in the file until they are used. ValueError names a file
+    that is damaged, holds no dictionary, or lacks one of `keys`."""
+    path = Path(path)
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -68,20 +58,21 @@ def read_checkpoint(path, keys=()):
             content = load_file(path)
         else:
             zipped = zipfile.is_zipfile(path)
-            damaged = zipfile.ZipFile(path).testzip() if zipped else None  # torch does not look at the checksums
+            if zipped and (damaged := zipfile.ZipFile(path).testzip()):  # torch does not look at the checksums
+                raise ValueError(f"{damaged} fails its checksum")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         if path.name.endswith(".index.json") and not keys:
             shards = sorted(set(content["weight_map"].values()))
             content = {k: tensor for shard in shards for k, tensor in read_checkpoint(path.with_name(shard)).items()}
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
     except Exception as error:  # there is no one type for "not such a file"
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        raise ValueError(f"{path}: cannot be read: it is damaged or something else") from error
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if damaged or missing or not isinstance(content, dict):
-        problem = f"{damaged} fails its checksum" if damaged else f"it lacks {', '.join(missing)}"
-        problem = problem if damaged or missing else f"it holds a {type(content).__name__}"
-        raise ValueError(f"{path}: is damaged or something else ({problem})")
+        why = error if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path}: cannot be read: it is damaged or something else ({why})") from error
     return content
 
 
@@ -97,8 +88,7 @@ def load_strictly(model, state, path, dtype=None, device="cpu", scales=None, nam
 
     The values are copied; or, where `dtype` is given, the tensors themselves become the model's, in this type and on
     `device`, so that a model made on the device "meta" is in memory only once. scales: {name: (rows, 1)} of matrices
-    stored in 8 bits, whose rows are to be multiplied by them. names: a table for `rename`, if `state` has such names.
-    """
+    stored in 8 bits, whose rows are multiplied by them. names: a table for `rename`, if `state` has such names."""
     wanted, scales, ready = model.state_dict(), scales or {}, {}
     if not isinstance(state, dict) or not isinstance(scales, dict) or not all(
             isinstance(name, str) and isinstance(x, torch.Tensor) and x.layout == torch.strided and x.dtype in PLAIN
@@ -106,17 +96,13 @@ def load_strictly(model, state, path, dtype=None, device="cpu", scales=None, nam
         raise ValueError(f"{path}: its weights are not plain tensors by name")
     ours = {rename(name, names): name for name in wanted}
     state = {ours.get(name, name): tensor for name, tensor in state.items()}
-    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    for problem, such in (("is missing", missing), ("is unexpected", unexpected)):
-        if such:
-            raise ValueError(f"{path}: tensor {min(such)} {problem} ({len(such)} such)")
+    if odd := wanted.keys() ^ state.keys():
+        raise ValueError(f"{path}: tensor {min(odd)} is {'missing' if min(odd) in wanted else 'unexpected'}")
     for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, want {tuple(wanted[name].shape)}")
-        if name in scales:
-            if scales[name].shape != (len(tensor), 1):
-                raise ValueError(f"{path}: the scales of tensor {name} have shape {tuple(scales[name].shape)}")
-            tensor = tensor * scales[name]
+        shape, scale = wanted[name].shape, scales.get(name)
+        if tensor.shape != shape or scale is not None and scale.shape != (len(tensor), 1):
+            raise ValueError(f"{path}: tensor {name} or its scale has shape {tuple(tensor.shape)}, want {tuple(shape)}")
+        tensor = tensor if scale is None else tensor * scale
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise ValueError(f"{path}: tensor {name} is of type {tensor.dtype}, want {wanted[name].dtype}")
         if not tensor.isfinite().all():
@@ -134,37 +120,36 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
-LOCAL = ("data", "codec", "text_encoder")  # settings that may name a file or folder
+PLACES = {"data", "codec", "text_encoder"}  # settings that may name a file or a folder
 
 
 def portable(settings, folder):
     """Settings as a run in `folder` keeps them: files and folders that lie beside it by their place relative to it, so
     that both can be moved, others by their absolute place. What is no place (toy, t5-base) stays."""
-    settings, base = dict(settings), Path(folder).resolve()
-    for key in LOCAL:
-        path = Path(settings.get(key, "")).resolve()
-        if settings.get(key) not in (None, "toy", "tunes", "musicbench") and path.exists():
-            settings[key] = os.path.relpath(path, base) if base.parent in path.parents else str(path)
+    base = Path(folder).resolve()
+    for key in PLACES & settings.keys():
+        path = Path(settings[key]).resolve()
+        if path.exists() and settings[key] not in ("toy", "tunes", "musicbench"):
+            settings = settings | {key: os.path.relpath(path, base) if base.parent in path.parents else str(path)}
     return settings
 
 
 def located(settings, folder):
     """The inverse of `portable`: settings with the files and folders where they are now."""
-    found = {key: str(Path(folder, settings[key])) for key in LOCAL if str(settings.get(key)).startswith(".")}
-    return dict(settings) | {key: place for key, place in found.items() if Path(place).exists()}
+    places = {key: Path(folder, settings[key]) for key in PLACES & settings.keys() if settings[key].startswith(".")}
+    return settings | {key: str(place) for key, place in places.items() if place.exists()}
 
 
 @dataclass
 class Companions:
-    """What a model was trained with: the names of its codec and text encoder, fingerprints of these and of its data set
-    ("": unknown), and the sampling settings that it brings along."""
+    """What a model was trained with, and the sampling settings that it brings along."""
 
     codec: str
     text_encoder: str
-    codec_id: str = ""
+    codec_id: str = ""  # a fingerprint; "": unknown
     text_encoder_id: str = ""
     sampling: dict = field(default_factory=dict)
-    data_id: str = ""
+    data_id: str = ""  # of the data set
 
     def check(self, codec, encoder):
         """ValueError if codec or text encoder have other weights than those that the model was trained with."""

@@ -6,7 +6,6 @@ import shutil
 import tarfile
 import zlib
 from gzip import BadGzipFile
-from pathlib import Path
 
 from support.cli import say
 from support.data import find_entries, texts_of
@@ -15,26 +14,25 @@ from support.hub import fetch
 REPOSITORY, ARCHIVE = "amaai-lab/MusicBench", "MusicBench.tar.gz"  # a data set of the Hugging Face hub
 LISTS = ("MusicBench_train.json", "MusicBench_test_A.json", "MusicBench_test_B.json")
 
+
 def unpack(archive, folder):
-    """Unpack an archive into a new `folder`, or nothing of it. ValueError: damage, a link, a device, a way out."""
+    """Unpack an archive into a new `folder`, or nothing of it. ValueError: damage, a device, a way out."""
+    if not hasattr(tarfile, "data_filter"):
+        raise ValueError(f"{archive}: unpacking it safely wants Python 3.10.12, 3.11.4, 3.12 or later")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left behind
     try:
         with tarfile.open(archive) as tar:
-            for member in tar:
-                path = Path(os.path.normpath(partial / member.name))
-                if not (member.isfile() or member.isdir()) or partial not in (path, *path.parents):
-                    raise ValueError(f"{archive}: {member.name!r} is no file or folder inside it; nothing is unpacked")
-                (path if member.isdir() else path.parent).mkdir(parents=True, exist_ok=True)
-                if member.isfile():  # its owner, mode and date are not taken over
-                    with tar.extractfile(member) as source, path.open("wb") as target:
-                        shutil.copyfileobj(source, target)
-            sum(map(len, iter(lambda: tar.fileobj.read(2**20), b"")))  # to the very end, where the checksum is
+            tar.extractall(partial, filter="data")
+            while tar.fileobj.read(2**20):  # to the very end, where the checksum is
+                pass
         os.replace(partial, folder)
     except (tarfile.TarError, EOFError, zlib.error, BadGzipFile) as error:
-        raise ValueError(f"{archive}: is damaged ({error}); remove it and try again") from error
+        text = f"{archive}: is damaged or dangerous, nothing is unpacked ({error}); remove it and try again"
+        raise ValueError(text) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
 
 def musicbench_entries(folder, caption_key, sample_rate):
     """(training entries, entries of test A) for `load_data`; fetched and unpacked once. ConnectionError."""
@@ -45,7 +43,7 @@ def musicbench_entries(folder, caption_key, sample_rate):
     for path in [source / name for name in LISTS[:2]]:
         lines, manifest = [], root / f"{path.stem}.jsonl"
         for line in path.read_bytes().splitlines():
-            location, = texts_of(line, f"a line of {path}", "location")  # its folder's _aug2 may lack, or be too much
+            location, = texts_of(line, "location")  # its folder's _aug2 may lack, or be too much
             other = location.replace(*("_aug2/", "/") if "_aug2/" in location else ("/", "_aug2/"), 1)
             lines.append(json.loads(line) | {"location": location if (root / location).is_file() else other})
         manifest.write_text("\n".join(map(json.dumps, lines)), "utf-8")

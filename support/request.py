@@ -1,6 +1,7 @@
 """What the sample command is asked for: its flags, its output files, the audio it is given, and windows."""
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from support.audio import check_audio_path, load_audio
 from support.cli import DTYPES, Config, option, say
+from support.hub import make_config
 
 
 @dataclass
@@ -35,20 +37,12 @@ class Request(Config):
     rescorer: str = option(None, "an autoregressive model, as --model, that rescores the ranking of spans")
 
 
-@dataclass
-class Clip:
-    """A clip to make. number: counted from 1, its random numbers follow from the seed and it."""
-
-    number: int
-    prompt: str
-    path: Path
+Clip = namedtuple("Clip", "number prompt path")  # to make; number: from 1, its random numbers follow from seed and it
 
 
 def plan_clips(request, prompts):
     """The clips to make: `n` of each prompt, in numbered files if there are several; or those that `only` names.
-
-    ValueError, before anything is loaded, if they cannot be made or written.
-    """
+    ValueError or OSError, before anything is loaded, if they cannot be made or written."""
     gap = [x is not None for x in (request.inpaint, request.gap_start, request.gap_end)]
     if any(gap) and (not all(gap) or request.audio_prompt or request.seconds or request.gap_start >= request.gap_end):
         raise ValueError("--inpaint, --from and a later --to go together, without --audio-prompt and --seconds")
@@ -65,11 +59,11 @@ def plan_clips(request, prompts):
 
 def say_settings(config, brought):
     """Print the settings that a model brings, a dictionary, which are used, and are not the defaults of `config`."""
-    brought = {name: tuple(value) if isinstance(value, list) else value for name, value in brought.items()}
-    used = [f"{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-            for name, value in vars(config).items() if brought.get(name) == value != getattr(type(config)(), name)]
+    default, brought = vars(type(config)()), vars(make_config(type(config), brought, "model"))
+    used = {name: value for name, value in vars(config).items() if brought[name] == value != default[name]}
     if used:
-        say(f"settings of the model: {', '.join(used)}")
+        texts = (f"{name.replace('_', '-')} {str(x).strip('()').replace(',', '')}" for name, x in used.items())
+        say(f"settings of the model: {', '.join(texts)}")
 
 
 def known_codes(request, codec, seconds, mask_id):
@@ -94,18 +88,9 @@ def known_codes(request, codec, seconds, mask_id):
 
 
 def windows(given, seconds, overlap=None, frame_rate=1):
-    """Windows of `seconds`, as the training clips are, that fill in what is not `given` (T,): slices of frames.
-
-    Each begins `overlap` seconds (a third of a window, if None) before the first frame still open, so that it continues
-    what is there; the last is moved back to end with the clip. A gap that fits is put in the middle of its window, in
-    sight of both sides.
-
-    >>> [window.start for window in windows(torch.zeros(25, dtype=torch.bool), 10, 4)]
-    made in 4 windows of 10 s that overlap by 4 s
-    [0, 6, 12, 15]
-    >>> windows((torch.arange(25) < 12) | (torch.arange(25) >= 16), 10, 4)
-    [slice(9, 19, None)]
-    """
+    """Windows of `seconds`, as the training clips are, that fill in what is not `given` (T,): slices of frames. Each
+    begins `overlap` seconds (a third of a window, if None) before the first frame still open, so that it continues what
+    is there; the last is moved back to end with the clip. A gap that fits is in the middle of its window."""
     overlap = seconds / 3 if overlap is None else overlap
     if not overlap < seconds:
         raise ValueError(f"--overlap must be less than the {seconds:g} s of a window, not {overlap:g}")

@@ -38,35 +38,21 @@ def join_processes(device):
     return torch.device("cpu") if device.type == "mps" else device  # gloo knows no MPS
 
 
-class Log:
-    """log.csv: one row per logged step. Rows after the checkpoint that a run resumes from go: they are made again."""
-
-    def __init__(self, path, columns, first):
-        rows = []
-        if first and path.is_file():
-            lines = path.read_text(errors="replace").replace("\0", "").splitlines()  # a torn row is left out
-            rows = [row for row in csv.DictReader(lines) if all(row.get(name) is not None for name in columns)
-                    and row["step"].isdigit() and int(row["step"]) <= first]
-        with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        self.file = path.open("a", newline="")
-        self.writer = csv.DictWriter(self.file, columns)
-        self.start = time.time() - (float(rows[-1]["seconds"]) if rows else 0.0)
-
-    def write(self, **row):
-        row = {"seconds": time.time() - self.start, **row}
-        self.writer.writerow({name: value if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()})
-        self.file.flush()
+def drop_rows(path, last):
+    """Drop the rows of a log.csv after the step `last`, which are made again, and torn ones -> seconds in the last."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    steps = {"step", *map(str, range(last + 1))}
+    kept = [line for line in lines if line.split(",")[0] in steps and line.endswith("\n")]
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(kept))
+    return float(kept[-1].split(",")[3]) if len(kept) > 1 else 0.0
 
 
 class Run:
     """What lasts in a training run, and what happens between its steps: log, validation, checkpoint, samples, stop."""
 
     def __init__(self, flags, config, model, companions, device, validate, kinds, valid_clips, state=None):
-        """validate(model, clips, device, amp) -> {codebook: {kind: nats}}, for `kinds`; state: a checkpoint to go on
-        from."""
+        """validate(model, clips, device, amp) -> {codebook: {kind: nats}}, for `kinds`; state: a checkpoint."""
         self.flags, self.config, self.companions, self.device = flags, config, companions, device
         frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
         self.model, self.ema = model, copy.deepcopy(model, frozen).eval().requires_grad_(False)  # which it shares
@@ -74,24 +60,17 @@ class Run:
         if WORLD > 1:  # gradients are averaged over the processes
             self.network = DistributedDataParallel(self.network, find_unused_parameters=True)
             self.network.mask_id, self.network.config = model.mask_id, model.config  # which the losses ask for
-        self.validate, self.kinds, self.valid_clips = validate, kinds, valid_clips
-        self.generator, self.first = torch.Generator().manual_seed(config.seed), 0
-        self.losses, self.log = [], None  # since the last row of the log; which is opened for its first row
+        self.validate, self.valid_clips = validate, valid_clips
+        self.columns = ["step", "loss", "lr", "seconds", "chance", *(
+            f"val_{k}_{kind}" for k in range(model.config.n_codebooks) for kind in kinds)]
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.first, self.start, self.losses = 0, time.time(), []  # losses since the last row of the log
         self.optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95),
                                            weight_decay=config.weight_decay, fused=device.type != "mps")
         dtype = torch.float32 if config.dtype == "auto" and device.type == "mps" else pick_dtype(config.dtype, device)
         self.amp = contextlib.nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.path = Path(flags.out) / "checkpoint.pt"
-        if state:
-            load_strictly(self.ema, state["ema"], self.path)
-            try:
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.scaler.load_state_dict(state["scaler"])
-                set_random_states(state["rng"], self.generator, device)
-                self.first, self.losses = int(state["step"]), list(state.get("losses", []))
-            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{self.path}: is damaged and cannot be resumed from ({error!r})") from error
+        self.path, self.log = Path(flags.out) / "checkpoint.pt", Path(flags.out) / "log.csv"
         if RANK == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.path.with_name(".lock"))
@@ -99,6 +78,20 @@ class Run:
                 self.lock.acquire(timeout=0)
             except Timeout as error:
                 raise ValueError(f"{flags.out}: another process trains there") from error
+        if state:
+            load_strictly(self.ema, state["ema"], self.path)
+            try:
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scaler.load_state_dict(state["scaler"])
+                self.first, self.losses = int(state["step"]), list(state.get("losses", []))
+                self.generator.set_state(state["rng"]["generator"])
+                torch.set_rng_state(state["rng"]["torch"])
+                if device.type in state["rng"]:
+                    getattr(torch, device.type).set_rng_state(state["rng"][device.type])
+            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{self.path}: is damaged and cannot be resumed from ({error!r})") from error
+        if RANK == 0 and self.log.is_file():
+            self.start -= drop_rows(self.log, self.first)
 
     def steps(self):
         """The numbers of the steps to come; ends after a whole step, and a checkpoint, at Ctrl-C or SIGTERM."""
@@ -114,12 +107,9 @@ class Run:
                 raise KeyboardInterrupt(*asked[:1])
 
     def parts(self, batch):
-        """This process's share of a batch (a dictionary of tensors (B, ...)), in `accumulate` parts on the device.
-        Gradients are exchanged after the last part only."""
-        n_parts = self.config.accumulate
-        for i, rows in enumerate(torch.arange(len(batch["codes"])).view(WORLD, n_parts, -1)[RANK]):
-            with self.network.no_sync() if WORLD > 1 and i + 1 < n_parts else contextlib.nullcontext():
-                yield {name: x[rows].to(self.device) for name, x in batch.items()}
+        """This process's share of a batch (a dictionary of tensors (B, ...)), in `accumulate` parts on the device."""
+        for rows in torch.arange(len(batch["codes"])).view(WORLD, self.config.accumulate, -1)[RANK]:
+            yield {name: x[rows].to(self.device) for name, x in batch.items()}
 
     def total(self, number):
         """The sum of a number over the processes."""
@@ -136,62 +126,49 @@ class Run:
 
     def after_step(self, done, loss, lr):
         """Log, validate, save and play samples when it is time; loss: of this process's clips, in nats per token."""
-        flags, last, chance = self.flags, done == self.config.steps, math.log(self.model.config.card)
+        flags, last = self.flags, done == self.config.steps
         self.losses.append(self.total(loss))
         validated = done % flags.val_every == 0 or last
         if validated or done % flags.log_every == 0:
             if RANK == 0:
-                row, mean = {}, sum(self.losses) / len(self.losses)
+                row = {"step": done, "loss": sum(self.losses) / len(self.losses), "lr": lr,
+                       "seconds": time.time() - self.start, "chance": math.log(self.model.config.card)}
+                self.bar.set_postfix_str(f"loss {row['loss']:.3f}")
                 if validated:
                     values = self.validate(self.ema, self.valid_clips, self.device, self.amp)
-                    row = {f"val_{k}_{kind}": value for k, kinds in values.items() for kind, value in kinds.items()}
+                    row |= {f"val_{k}_{kind}": value for k, kinds in values.items() for kind, value in kinds.items()}
                     means = "  ".join(f"{torch.tensor(list(x.values())).nanmean():.3f}" for x in values.values())
-                    self.bar.write(f"step {done}: validation cross-entropy per codebook {means} (chance {chance:.3f})")
-                self.bar.set_postfix_str(f"loss {mean:.3f}")
-                columns = [f"val_{k}_{kind}" for k in range(self.model.config.n_codebooks) for kind in self.kinds]
-                columns = ["step", "loss", "lr", "seconds", "chance", *columns]
-                self.log = self.log or Log(self.path.with_name("log.csv"), columns, self.first)
-                self.log.write(step=done, loss=mean, lr=lr, chance=chance, **row)
+                    self.bar.write(f"step {done}: validation cross-entropy per codebook {means} "
+                                   f"(chance {row['chance']:.3f})")
+                with self.log.open("a", newline="") as file:
+                    writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                    if not file.tell():
+                        writer.writeheader()
+                    writer.writerow({key: x if isinstance(x, int) else f"{x:.6g}" for key, x in row.items()})
             self.losses = []
         sampled = flags.sample_every and done % flags.sample_every == 0
         if done % flags.save_every == 0 or last or sampled:
             self.save(done)
-        if sampled and RANK == 0:
-            write_samples(flags.out, done, flags.sample_captions, self.device)
+        if sampled and RANK == 0:  # with the checkpoint just written, by `sample.py`
+            command = [sys.executable, str(Path(__file__).parents[1] / "sample.py"), *flags.sample_captions, "--model",
+                       flags.out, "--out", f"{flags.out}/samples/step-{done:06d}.wav", "--device", self.device.type]
+            if subprocess.run(command, capture_output=True).returncode:
+                say(f"could not write samples; to see why: {' '.join(map(repr, command))}")
 
     def save(self, step):
         """Write the checkpoint; ValueError, and the old one stays, if a weight is not finite."""
         if RANK == 0:
             if not all(weight.isfinite().all() for weight in self.model.parameters()):
                 raise ValueError(f"step {step}: training diverged, weights are not finite; the last checkpoint is kept")
+            rng = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
+            if self.device.type != "cpu":
+                rng[self.device.type] = getattr(torch, self.device.type).get_rng_state()
             save_whole({
                 "config": portable(asdict(self.config), self.flags.out), "model_config": asdict(self.model.config),
-                **portable(asdict(self.companions), self.flags.out),
-                "step": step, "model": self.model.state_dict(), "ema": self.ema.state_dict(), "losses": self.losses,
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "rng": random_states(self.generator, self.device)}, self.path)
+                **portable(asdict(self.companions), self.flags.out), "step": step, "losses": self.losses, "rng": rng,
+                "model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, self.path)
 
     def unlock(self):
         if RANK == 0:
             self.lock.release()
-
-
-def random_states(generator, device):
-    """Every random state that training draws from, by name."""
-    states = {"generator": generator.get_state(), "torch": torch.get_rng_state()}
-    return states if device.type == "cpu" else states | {device.type: getattr(torch, device.type).get_rng_state()}
-
-
-def set_random_states(states, generator, device):
-    generator.set_state(states["generator"])
-    torch.set_rng_state(states["torch"])
-    if device.type in states:
-        getattr(torch, device.type).set_rng_state(states[device.type])
-
-
-def write_samples(out, step, captions, device):
-    """Let `sample.py` play a few captions with the checkpoint just written; a failure is told, and training goes on."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "sample.py"), *captions, "--model", str(out),
-               "--out", str(Path(out) / "samples" / f"step-{step:06d}.wav"), "--device", device.type]
-    if subprocess.run(command, capture_output=True).returncode:
-        say(f"could not write samples; to see why: {' '.join(map(repr, command))}")

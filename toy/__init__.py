@@ -27,7 +27,7 @@ def entries_of(name, numbers, seconds):
     world = importlib.import_module(WORLDS[name])
     version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()
     return [[Entry(f"{split} {i}", f"{version}-{split}-0-{i}",
-                   lambda tell, i=i, split=split: iter([world.example(i, split, 0, seconds)[0]]),
+                   lambda i=i, split=split: iter([world.example(i, split, 0, seconds)[0]]),
                    world.describe(i, split, 0)[1]) for i in range(n)] for split, n in numbers.items()]
 
 

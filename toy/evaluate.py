@@ -216,7 +216,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
         result["swaps"] = swap_shares(*read, labels, which)
     if losses:
         entries, = entries_of(data, {"valid": 64}, model.config.seconds)
-        clips, _, _ = encode(entries, codec, encoder, model.config.seconds, cache, device)
+        clips, _ = encode(entries, codec, encoder, model.config.seconds, cache, device)
         values = validate(model, clips, device, nullcontext)
         result["cross_entropy"] = {f"codebook {k + 1}": sum(values[k].values()) / len(values[k]) for k in values}
     result["chance_cross_entropy"] = math.log(model.config.card)

@@ -35,15 +35,15 @@ def read_blocks(path, sample_rate):
     its real end, whatever the header says. A warning says if it was cut. ValueError names a file that cannot be read or
     holds numbers that are not finite."""
     with open_audio(path) as sound:
-        resampler, frames, fault = soxr.ResampleStream(sound.samplerate, sample_rate, 1), 0, None
-        block = np.empty((max(1, BLOCK // sound.channels), sound.channels), np.float32)
-        n_read = len(block)
-        while n_read == len(block) and not fault:
+        resampler, frames, fault = soxr.ResampleStream(sound.samplerate, sample_rate, 1), 0, False
+        size = n_read = max(1, BLOCK // sound.channels)
+        while n_read == size and not fault:
+            block = np.full((size, sound.channels), np.nan, np.float32)
             try:
-                sound.read(out=block)
+                n_read = len(sound.read(out=block))
             except soundfile.LibsndfileError as error:
-                fault = error.code != 39 and error  # a seek that fails behind the end of a FLAC, and says nothing
-            n_read = sound.tell() - frames  # with what was decoded before an error
+                n_read = min(int((~np.isnan(block[:, 0])).sum()), sound.frames - frames)  # keep what was decoded
+                fault = error.code != 39  # a seek that fails behind the end of a FLAC, and says nothing
             frames += n_read
             mono = block[:n_read].mean(axis=1)
             if not np.isfinite(mono).all():
@@ -51,10 +51,10 @@ def read_blocks(path, sample_rate):
             yield resampler.resample_chunk(mono)
         yield resampler.resample_chunk(np.empty(0, np.float32), last=True)
         log = sound.extra_info  # libsndfile's: sizes in the header and in the file; and of OGG its last page
-        size = re.search(r"(?:RIFF|FORM|riff|Data Size) +: (\d+) \(should be (\d+)", log)
-        cut = size and int(size[2]) < int(size[1]) < 2**31 - 2**16  # more is what is written where it is not known
+        sizes = re.search(r"(?:RIFF|FORM|riff|Data Size) +: (\d+) \(should be (\d+)", log)
+        cut = sizes and int(sizes[2]) < int(sizes[1]) < 2**31 - 2**16  # more is what is written where it is not known
         too_few = frames < sound.frames < 2**62  # 2**63 - 1 stands for a FLAC that was written to a pipe
-        if fault or cut or too_few or "End-Of-Stream flag" in log:
+        if fault or cut or too_few or "lacks an end-of-stream bit" in log:
             warnings.warn(f"{path}: was cut, or is damaged, at {frames / sound.samplerate:.6g} s", stacklevel=2)
 
 

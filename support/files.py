@@ -100,8 +100,10 @@ def load_strictly(model, state, path, dtype=None, device="cpu", scales=None, nam
         raise ValueError(f"{path}: tensor {min(odd)} is {'missing' if min(odd) in wanted else 'unexpected'}")
     for name, tensor in state.items():
         shape, scale = wanted[name].shape, scales.get(name)
-        if tensor.shape != shape or scale is not None and scale.shape != (len(tensor), 1):
-            raise ValueError(f"{path}: tensor {name} or its scale has shape {tuple(tensor.shape)}, want {tuple(shape)}")
+        if tensor.shape != shape:
+            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, want {tuple(shape)}")
+        if scale is not None and scale.shape != (len(tensor), 1):
+            raise ValueError(f"{path}: the scales of tensor {name} have shape {tuple(scale.shape)}")
         tensor = tensor if scale is None else tensor * scale
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise ValueError(f"{path}: tensor {name} is of type {tensor.dtype}, want {wanted[name].dtype}")

@@ -392,7 +392,7 @@ BAD_FILES = {  # name: (content, what the message says)
     "a tensor transposed": (with_tensor("transformer.layers.1.linear1.weight", lambda x: x.T),
                             r"blocks.1.linear1.weight has shape \(64, 256\), want \(256, 64\)"),
     "a setting too few": (with_settings("subcodes_context", "other"), "it lacks 'transformer_lm.subcodes_context'"),
-    "another activation": (with_settings("activation: gelu", "activation: relu"), "another activation is not support"),
+    "another activation": (with_settings("activation: gelu", "activation: relu"), "activation relu is not support"),
     "other delays": (with_settings("[0, 1, 2, 3]", "[0, 0, 1, 1]", "musicgen_tiny_state_dict.bin"), "not delayed by"),
     "a text encoder": (lambda: read("t5_tiny_pytorch_model.bin"), "it lacks 'model_config'"),
     "a config of another version": (lambda: {"model_config": {"n_experts": 8}, "ema": {}}, "'n_experts'"),

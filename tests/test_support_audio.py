@@ -15,7 +15,7 @@ import soxr
 import torch
 from conftest import full_disk
 
-from support.audio import audio_seconds, check_audio_path, load_audio, read_blocks, save_audio
+from support.audio import check_audio_path, load_audio, read_blocks, save_audio
 
 RATE = 16_000
 
@@ -35,10 +35,6 @@ def tone(seconds, rate=RATE, hertz=440):
 def noise(seconds):
     """What no format can make much smaller."""
     return 0.1 * np.random.default_rng(0).standard_normal(round(seconds * RATE))
-
-
-def pitch(wav):
-    return np.abs(np.fft.rfft(np.asarray(wav))).argmax() * RATE / len(wav)
 
 
 @pytest.mark.parametrize("suffix, subtype, error", [
@@ -61,13 +57,11 @@ def test_load_audio_mixes_stereo_to_the_mean(tmp_path):
 def test_load_audio_keeps_length_pitch_and_loudness_at_another_rate(tmp_path, rate):
     soundfile.write(tmp_path / "tone.wav", tone(1.5, rate), rate)
     wav = load_audio(tmp_path / "tone.wav", RATE)[0]
-    assert abs(len(wav) - 24_000) <= 1 and pitch(wav) == pytest.approx(440, abs=1)
+    assert abs(len(wav) - 24_000) <= 1 and np.abs(np.fft.rfft(wav)).argmax() == pytest.approx(440 * 1.5, abs=2)
     assert wav[2000:-2000].abs().max() == pytest.approx(0.5, abs=0.02)
-
-
-def test_load_audio_lets_nothing_above_the_new_nyquist_frequency_fold_back(tmp_path):
-    soundfile.write(tmp_path / "tone.wav", tone(1, 48_000, 10_000), 48_000)
-    assert load_audio(tmp_path / "tone.wav", RATE)[0, 1000:-1000].abs().max() < 0.01
+    if rate > 2 * 10_000:  # nothing above the new Nyquist frequency folds back
+        soundfile.write(tmp_path / "high.wav", tone(1, rate, 10_000), rate)
+        assert load_audio(tmp_path / "high.wav", RATE)[0, 1000:-1000].abs().max() < 0.01
 
 
 @pytest.mark.parametrize("rate", [RATE, 44_100])
@@ -84,7 +78,6 @@ def test_load_audio_reads_no_more_than_the_seconds_asked_for(tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, noise(20), 44_100)
     whole, content = load_audio(path, RATE), path.read_bytes()
-    assert audio_seconds(path) == len(noise(20)) / 44_100
     path.write_bytes(content[:len(content) // 2] + b"\xff" * (len(content) // 2))  # what is behind is not looked at
     assert torch.equal(load_audio(path, RATE, max_seconds=1), whole[:, :RATE])
 
@@ -101,9 +94,8 @@ def flac_of_length(path, frames):
 def test_load_audio_reads_a_flac_of_unknown_length_or_one_that_claims_days_to_its_end(tmp_path):
     flac_of_length(tmp_path / "pipe.flac", 0)
     np.testing.assert_allclose(load_audio(tmp_path / "pipe.flac", RATE)[0], noise(20), atol=1e-4)
-    assert audio_seconds(tmp_path / "pipe.flac") == math.inf
     flac_of_length(tmp_path / "days.flac", 2**32)
-    with pytest.warns(UserWarning, match="days.flac: ends after 20 s; its header says 268435"):
+    with pytest.warns(UserWarning, match="days.flac: was cut, or is damaged, at 20 s"):
         assert load_audio(tmp_path / "days.flac", RATE).shape == (1, 20 * RATE)
 
 
@@ -113,19 +105,10 @@ def test_load_audio_gives_what_is_left_of_a_cut_file_and_says_so(tmp_path, suffi
     soundfile.write(path, noise(20), RATE)
     whole = load_audio(path, RATE)
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    with pytest.warns(UserWarning, match="cut.*(was cut|ends after)"):
+    with pytest.warns(UserWarning, match="cut.*was cut"):
         wav = load_audio(path, RATE)
     assert 8 * RATE < wav.shape[1] < 12 * RATE
     torch.testing.assert_close(wav[:, :-2000], whole[:, :wav.shape[1] - 2000])
-
-
-@pytest.mark.parametrize("suffix, seconds", [("flac", 0.25), ("flac", 20), ("ogg", 2), ("mp3", 2)])
-def test_load_audio_says_where_it_reads_the_first_of_several_recordings_only(tmp_path, suffix, seconds):
-    path = tmp_path / f"two.{suffix}"
-    soundfile.write(path, tone(seconds), RATE)
-    path.write_bytes(2 * path.read_bytes())
-    with pytest.warns(UserWarning, match="two.*recording"):
-        assert load_audio(path, RATE).shape == (1, seconds * RATE)
 
 
 @pytest.mark.parametrize("make", {
@@ -178,8 +161,13 @@ def test_save_audio_refuses_samples_that_are_not_finite(tmp_path):
 def test_save_audio_writes_minutes_of_ogg(tmp_path):
     """libsndfile is known to crash on many samples at once, and a crash would end this process."""
     save_audio(tmp_path / "long.ogg", torch.zeros(1, 3_840_000), 32_000)
-    assert audio_seconds(tmp_path / "long.ogg") == 120
+    assert soundfile.info(tmp_path / "long.ogg").frames == 3_840_000
 
 
-def test_check_audio_path_gives_the_format_and_makes_nothing(tmp_path):
-    assert check_audio_path(tmp_path / "new" / "out.ogg") == "OGG" and os.listdir(tmp_path) == []
+def test_check_audio_path_refuses_other_names_and_folders_and_makes_nothing(tmp_path):
+    check_audio_path(tmp_path / "new" / "out.ogg")
+    (tmp_path / "song.wav").mkdir()
+    for path in (tmp_path / "out.mp3", tmp_path / "song.wav", "/proc/x.wav"):
+        with pytest.raises((ValueError, OSError), match=f"{path}: "):
+            check_audio_path(path)
+    assert os.listdir(tmp_path) == ["song.wav"]

@@ -7,7 +7,7 @@ Read in this order: `whole_file` and `save_whole` (writing), `read_checkpoint` (
 import os
 import pickle
 import random
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,35 +15,28 @@ from conftest import full_disk
 from safetensors.torch import save_file
 from torch import nn
 
-from support.files import STALE, Companions, fingerprint, load_strictly, read_checkpoint, save_whole, whole_file
+from support.files import (
+    Companions,
+    fingerprint,
+    load_strictly,
+    located,
+    portable,
+    read_checkpoint,
+    save_whole,
+    whole_file,
+)
 
 
-def test_whole_file_takes_its_name_at_the_end_only(tmp_path):
+def test_whole_file_takes_its_name_at_the_end_only_and_an_error_or_a_stop_keeps_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "new" / "file.txt"
     with whole_file(path) as temporary:
-        temporary.write_text("whole")
+        temporary.write_text("old")
         assert not path.exists()
-    assert path.read_text() == "whole" and os.listdir(path.parent) == ["file.txt"]
-
-
-def test_whole_file_keeps_the_old_file_and_no_other_after_an_error_or_a_stop(tmp_path):
-    (tmp_path / "file.txt").write_text("old")
     for error in (ValueError, KeyboardInterrupt):
-        with pytest.raises(error), whole_file(tmp_path / "file.txt") as temporary:
+        with pytest.raises(error), whole_file(path) as temporary:
             temporary.write_text("half")
             raise error
-        assert (tmp_path / "file.txt").read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
-
-
-def test_whole_file_removes_what_killed_processes_left_behind_but_nothing_fresh_and_no_other_file(tmp_path):
-    old, fresh, other = (tmp_path / name for name in (".file.txt.11.tmp", ".file.txt.12.tmp", ".other.txt.11.tmp"))
-    for path in (old, fresh, other):
-        path.write_text("half")
-    for path in (old, other):
-        os.utime(path, (time.time() - STALE - 9,) * 2)
-    with whole_file(tmp_path / "file.txt") as temporary:
-        temporary.write_text("whole")
-    assert not old.exists() and fresh.exists() and other.exists()
+        assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
 
 
 def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path):
@@ -78,22 +71,20 @@ def test_read_checkpoint_notices_one_flipped_bit_wherever_it_lies(weights, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_read_checkpoint_names_a_file_that_is_damaged_or_something_else(weights, tmp_path):
-    """Cut, empty, text, the beginning of a zip, a pickle that would run a program, and a list."""
+def test_read_checkpoint_names_a_file_that_is_damaged_or_something_else_or_lacks_keys(weights, tmp_path):
+    """Cut, empty, text, the beginning of a zip, a pickle that would run a program, a list, and other keys."""
     path = tmp_path / "a.pt"
-    save_whole(weights, path)
-    cut = path.read_bytes()[:-900]
     save_whole([1], path)
-    for content in (cut, b"", b"hello", b"PK\3\4" + bytes(99), pickle.dumps(os.system), path.read_bytes()):
+    a_list = path.read_bytes()
+    save_whole(weights, path)
+    whole = path.read_bytes()
+    for content in (whole[:-900], b"", b"hello", b"PK\3\4" + bytes(99), pickle.dumps(os.system), a_list):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="a.pt: (cannot be read: it )?is damaged or something else"):
-            read_checkpoint(path, keys=("weight",))
-
-
-def test_read_checkpoint_names_the_keys_that_are_missing(weights, tmp_path):
-    save_whole(weights, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match="a.pt: cannot be read: it is damaged or something else"):
+            read_checkpoint(path)
+    path.write_bytes(whole)
     with pytest.raises(ValueError, match="it lacks step, rng"):
-        read_checkpoint(tmp_path / "a.pt", keys=("weight", "step", "rng"))
+        read_checkpoint(path, keys=("weight", "step", "rng"))
 
 
 def test_read_checkpoint_reads_safetensors_and_the_shards_of_an_index_too(weights, tmp_path):
@@ -156,3 +147,16 @@ def test_companions_check_refuses_a_codec_or_text_encoder_of_other_weights():
     nn.init.constant_(encoder.bias, 5.0)
     with pytest.raises(ValueError, match="text_encoder t5 has other weights"):
         companions.check(codec, encoder)
+
+
+def test_portable_settings_are_located_after_the_run_was_moved_with_what_lies_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "here" / "run").mkdir(parents=True)
+    for name in ("here/codec.pt", "far", "toy"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)  # in which there is a file "toy", too
+    kept = portable({"data": "toy", "codec": "here/codec.pt", "seconds": 1}, "here/run")
+    assert kept == {"data": "toy", "codec": "../codec.pt", "seconds": 1}
+    assert portable({"codec": "far", "text_encoder": "t5-base"}, "here/run") == {
+        "codec": str(tmp_path / "far"), "text_encoder": "t5-base"}
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert Path(located(kept, "there/run")["codec"]).samefile("there/codec.pt")

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,22 +30,16 @@ def put(folder, **files):
         (folder / name.replace("__", ".")).write_bytes(content)
 
 
-def test_fetch_downloads_each_file_once_into_one_folder(local_hub):
-    put(local_hub.folder / NAME, config__json=b"{}", spiece__model=bytes(range(256)) * 2000)
+def test_fetch_downloads_each_file_once_into_one_folder_and_of_alternatives_the_first_that_is_there(local_hub):
+    put(local_hub.folder / NAME, config__json=b"{}", pytorch_model__bin=bytes(range(256)) * 2000)
     for _ in range(2):
-        folder = fetch(NAME, "config.json", "spiece.model")
-        assert (folder / "spiece.model").read_bytes() == bytes(range(256)) * 2000
-    assert local_hub.served == [f"{NAME}/config.json", f"{NAME}/spiece.model"]
-    local_hub.shutdown()
-    assert fetch(NAME, "config.json", "spiece.model") == folder, "needs no network any more"
-
-
-def test_fetch_takes_the_first_of_two_files_that_is_there(local_hub):
-    put(local_hub.folder / NAME, pytorch_model__bin=b"weights")
-    folder = fetch(NAME, WEIGHTS)
-    assert [path.name for path in folder.iterdir()] == ["pytorch_model.bin"]
+        folder = fetch(NAME, "config.json", WEIGHTS)
+        assert (folder / "pytorch_model.bin").read_bytes() == bytes(range(256)) * 2000
+    assert local_hub.served == [f"{NAME}/config.json", f"{NAME}/pytorch_model.bin"]
     put(local_hub.folder / NAME, model__safetensors=b"other")
-    assert fetch(NAME, WEIGHTS) == folder and len(local_hub.served) == 1
+    assert fetch(NAME, "config.json", WEIGHTS) == folder and len(local_hub.served) == 2
+    local_hub.shutdown()
+    assert fetch(NAME, "config.json", WEIGHTS) == folder, "needs no network any more"
 
 
 def test_fetch_brings_the_parts_that_an_index_lists(local_hub):
@@ -64,16 +57,6 @@ def test_fetch_completes_a_folder_with_files_of_the_same_version(local_hub):
     local_hub.commit = "d" * 40
     assert fetch(NAME, "spiece.model", "config.json") == first
     assert {path.name for path in first.iterdir()} == {"config.json", "spiece.model"}
-
-
-def test_fetch_keeps_no_file_that_broke_off(local_hub, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits before each new try
-    put(local_hub.folder / NAME, state_dict__bin=b"x" * 100_000)
-    local_hub.cut_at = 1000
-    with pytest.raises(ConnectionError, match="download failed"):
-        fetch(NAME, "state_dict.bin")
-    local_hub.cut_at = None
-    assert (fetch(NAME, "state_dict.bin") / "state_dict.bin").read_bytes() == b"x" * 100_000
 
 
 def test_fetch_says_in_one_line_what_is_missing_and_uses_what_was_put_there_by_hand(offline):
@@ -98,9 +81,8 @@ def test_fetch_names_a_file_and_a_repository_that_the_hub_has_not_and_asks_no_on
         with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
             fetch(NAME, "config.json")
         assert local_hub.served == []
-    with pytest.raises(ConnectionError, match="404.*nothing.bin") as error:
+    with pytest.raises(ConnectionError, match="404.*nothing.bin"):
         fetch(NAME, "config.json", "nothing.bin")
-    assert "config.json" not in str(error.value), "it was fetched"
     with pytest.raises(ConnectionError, match="RepositoryNotFound.*no/such/resolve/main/config.json"):
         fetch("no/such", "config.json")
 
@@ -143,9 +125,8 @@ def test_read_yaml_gives_flat_names_plain_types_and_follows_references():
 
 @pytest.mark.parametrize("text", [None, "", "- 1", "a: [", "a: &a [1]\nb: *a", "[" * 5000, "a: !!python/name:os.mkdir"])
 def test_read_yaml_names_the_file_of_a_text_that_is_no_settings(text):
-    with pytest.raises(ValueError, match="^state.bin: its settings are not YAML") as error:
+    with pytest.raises(ValueError, match="^state.bin: its settings are not YAML"):
         read_yaml(text, "state.bin")
-    assert "\n" not in str(error.value)
 
 
 @dataclass

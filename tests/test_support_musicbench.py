@@ -81,7 +81,7 @@ def member(name, kind=tarfile.REGTYPE, target=""):
 
 
 HOSTILE = {
-    "a path upwards": [member("datashare/../../../evil.txt")], "an absolute path": [member("/tmp/evil-musicbench.txt")],
+    "a path upwards": [member("datashare/../../../evil.txt")],
     "a link": [member("datashare/link", tarfile.SYMTYPE, "/etc/passwd")],
     "a file through a link": [member("datashare/out", tarfile.SYMTYPE, "../.."), member("datashare/out/evil.txt")],
     "a hard link": [member("datashare/hard", tarfile.LNKTYPE, "/etc/passwd")],
@@ -92,7 +92,7 @@ HOSTILE = {
 def test_a_hostile_archive_is_refused_whole(kind, repository, call, tmp_path):
     pack(repository / ARCHIVE, *HOSTILE[kind])
     assert_one_line(call(train, *FLAGS), ARCHIVE, HOSTILE[kind][0][0].name, "nothing is unpacked")
-    assert not list(tmp_path.rglob("evil*")) and not os.path.exists("/tmp/evil-musicbench.txt")
+    assert not list(tmp_path.rglob("evil*"))
     assert not (tmp_path / "store" / "musicbench").exists() and not list((tmp_path / "store").glob(".*"))
 
 

@@ -45,7 +45,7 @@ class Config:
                 and all(BOUNDS[word](x, bound) for word, bound in bounds.items()) for x in values)
             if not right or many != isinstance(value, tuple) or choices and value not in choices:
                 wanted = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items())
-                wanted = " or ".join(choices or ()) or f"{KINDS[kind]}{'s' * many} {wanted}".strip()
+                wanted = " or ".join(map(str, choices or ())) or f"{KINDS[kind]}{'s' * many} {wanted}".strip()
                 raise ValueError(f"{field.name} must be {wanted}, not {value!r:.80}")
 
 

@@ -184,9 +184,7 @@ def encode_captions(encoder, captions, batch=64):
 def encode(entries, codec, encoder, seconds, cache_dir="cache", device="cpu"):
     """Fill both caches with what `entries` need -> (the `Clips` of those that can be read, [(name, why it cannot be
     read)] of the others)."""
-    length, bad = round(seconds * codec.sample_rate), {}
-    if length < 1:
-        raise ValueError(f"clips of {seconds:g} s hold no sample")
+    length, bad = max(1, round(seconds * codec.sample_rate)), {}
     by_key = {entry.key: entry for entry in entries}
     audio = fill_cache(Path(cache_dir, f"codes-{fingerprint(codec)}-{codec.n_codebooks}x{length}.pt"), by_key,
                        partial(encode_audio, by_key, codec, length, device, bad))

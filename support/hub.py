@@ -99,9 +99,11 @@ def read_yaml(text, path):
 def make_config(config_class, values, path):
     """A `Config` of the given class from a dictionary, in which other keys may stand too. ValueError names `path`,
     where the values came from, and the field that is missing or wrong."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: its settings are not a dictionary")
     try:
         return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)
                                if field.name in values or field.default is dataclasses.MISSING})
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: {what}") from error

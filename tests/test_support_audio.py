@@ -125,11 +125,12 @@ def test_load_audio_names_a_file_that_cannot_be_used(tmp_path, make):
 
 
 @pytest.mark.parametrize("suffix, error", [("wav", 1e-4), ("WAV", 1e-4), ("flac", 1e-4), ("ogg", 0.05)])
-def test_save_audio_writes_what_load_audio_reads_back(tmp_path, suffix, error):
+def test_save_audio_writes_minutes_that_load_audio_reads_back(tmp_path, suffix, error):
+    """libsndfile is known to crash on many samples at once when it writes OGG, and a crash would end this process."""
     path = tmp_path / "new" / "folder" / f"out.{suffix}"
-    save_audio(path, torch.from_numpy(tone(1))[None], RATE)
+    save_audio(path, torch.from_numpy(tone(240))[None], RATE)
     assert soundfile.info(path).samplerate == RATE
-    np.testing.assert_allclose(load_audio(path, RATE)[0], tone(1), atol=error)
+    np.testing.assert_allclose(load_audio(path, RATE)[0], tone(240), atol=error)
 
 
 def test_save_audio_turns_a_loud_file_down_as_a_whole_and_leaves_a_quiet_one_alone(tmp_path):
@@ -156,12 +157,6 @@ def test_save_audio_refuses_samples_that_are_not_finite(tmp_path):
     with pytest.raises(ValueError, match="out.wav.*finite"):
         save_audio(tmp_path / "out.wav", torch.tensor([[0.0, math.nan]]), RATE)
     assert os.listdir(tmp_path) == []
-
-
-def test_save_audio_writes_minutes_of_ogg(tmp_path):
-    """libsndfile is known to crash on many samples at once, and a crash would end this process."""
-    save_audio(tmp_path / "long.ogg", torch.zeros(1, 3_840_000), 32_000)
-    assert soundfile.info(tmp_path / "long.ogg").frames == 3_840_000
 
 
 def test_check_audio_path_refuses_other_names_and_folders_and_makes_nothing(tmp_path):

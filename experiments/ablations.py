@@ -12,6 +12,7 @@ computed again, and a training that was cut goes on, so the same command finishe
 
     python -m experiments.ablations spans --steps 18000
     python -m experiments.ablations guidance steps sampling order --model toy
+    python -m experiments.ablations guidance steps sampling order --data tunes --model runs/tunes --n 200
     python -m experiments.plots                                              # draws what the CSV files hold
 """
 
@@ -33,15 +34,13 @@ from model import load_model
 from sample import SamplingConfig
 from support.cli import Parser, pick_device, run
 from support.files import fingerprint, whole_file
+from toy import WORLDS, world_of
 from toy.evaluate import evaluate
-from toy.world import ATTRIBUTES
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXTS = (100.0, -1.0)  # of `spans`: ms, negative: everywhere
 SPANS_SAMPLING = SamplingConfig(guidance_start=3.0, guidance_end=1.0)  # weaker than the paper's, as suits toy models
-COLUMNS = ("experiment", "setting", "seed", "overall_seen", "overall_unseen",
-           *(f"{name}_{kind}" for kind in ("seen", "unseen") for name in ATTRIBUTES), "frechet", "diversity",
-           "val_1", "val_2", "val_3", "val_4", "n_prompts", "seconds", "model", "steps", "hardware", "command")
+KINDS = ("seen", "unseen")
 SAMPLING_CELLS = {
     "guidance": {f"{a:g} -> {b:g}" if a != b else f"constant {a:g}": {"guidance_start": a, "guidance_end": b}
                  for a, b in ((1.0, 1.0), (3.0, 3.0), (10.0, 10.0), (3.0, 1.0), (10.0, 1.0))},
@@ -51,6 +50,18 @@ SAMPLING_CELLS = {
     "order": {f"{arrangement}, {scoring}": {"span_arrangement": arrangement, "span_scoring": scoring}
               for arrangement in ("nonoverlap", "stride1") for scoring in ("max", "prod")},
 }
+
+
+def columns_of(data):
+    """The columns of a results file of the world `data`."""
+    shares = [f"{name}_{kind}" for kind in KINDS for name in world_of(data).ATTRIBUTES]
+    return ("experiment", "setting", "seed", "overall_seen", "overall_unseen", *shares, "frechet", "diversity",
+            "val_1", "val_2", "val_3", "val_4", "n_prompts", "seconds", "model", "steps", "hardware", "command")
+
+
+def file_of(experiment, data):
+    """The name of the file that holds the results of an experiment: those of the toy world have no prefix."""
+    return f"{'' if data == 'toy' else f'{data}-'}{experiment}.csv"
 
 
 def hardware(device):
@@ -67,7 +78,7 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def add_row(path, row, columns=COLUMNS):
+def add_row(path, row, columns):
     """Write a results file anew with one row more, whole or not at all."""
     rows = [*read_rows(path), {name: f"{value:.4g}" if isinstance(value, float) else value
                                for name, value in row.items()}]
@@ -86,9 +97,9 @@ def measure(model, config, seed, args):
     """Play and judge: the measured columns of a row."""
     start = time.time()
     result = evaluate(model, config, pick_device(args.device), args.n, floors=False, losses=False, seed=seed,
-                      cache=args.cache, repeated=2)
+                      cache=args.cache, repeated=2, data=args.data, judge=args.judge)
     shares = {kind: {name: case["share"] for name, case in result["adherence"][f"model, {kind}"].items()}
-              for kind in ("seen", "unseen")}
+              for kind in KINDS}
     return {**{f"{name}_{kind}": share for kind in shares for name, share in shares[kind].items()},
             "frechet": result["frechet"]["model"], "diversity": result["diversity"]["samples of one prompt"],
             "seconds": time.time() - start}
@@ -110,7 +121,7 @@ def last_losses(out):
 
 
 def ablate_spans(args, common):
-    path = RESULTS / "spans.csv"
+    path = RESULTS / file_of("spans", args.data)
     for seed, span_len, context in product(args.seeds, args.span_lengths, CONTEXTS):
         setting = f"span {span_len}, context {'restricted' if context >= 0 else 'full'}"
         cell = {"experiment": "spans", "setting": setting, "seed": seed, "n_prompts": args.n // 2 * 2,
@@ -118,11 +129,12 @@ def ablate_spans(args, common):
         if is_done(path, cell):
             continue
         out = args.out / f"span{span_len}-context{context:g}-seed{seed}-steps{args.steps}"
-        flags = ["--span-len", span_len, "--context-ms", context, "--seed", seed, "--steps", args.steps,
+        flags = [*("--data", args.data, "--codec", args.data, "--text-encoder", args.data) * (args.data != "toy"),
+                 "--span-len", span_len, "--context-ms", context, "--seed", seed, "--steps", args.steps,
                  *shlex.split(args.train_flags)]
         command = train_run(out, [str(flag) for flag in flags], args)
         add_row(path, {**cell, **last_losses(out), **measure(out, SPANS_SAMPLING, seed, args), **common,
-                       "command": command})
+                       "command": command}, columns_of(args.data))
 
 
 def name_with_weights(name):
@@ -133,7 +145,7 @@ def name_with_weights(name):
 def ablate_sampling(experiment, args, common, measured):
     """measured: {(settings, seed): columns} of the cells so far, since the model's own settings are a cell of several
     experiments."""
-    path, own = RESULTS / f"{experiment}.csv", SamplingConfig(**load_model(args.model)[1].sampling)
+    path, own = RESULTS / file_of(experiment, args.data), SamplingConfig(**load_model(args.model)[1].sampling)
     model = name_with_weights(args.model)
     for seed, (setting, changes) in product(args.seeds, SAMPLING_CELLS[experiment].items()):
         cell = {"experiment": experiment, "setting": setting, "seed": seed, "n_prompts": args.n // 2 * 2,
@@ -143,12 +155,14 @@ def ablate_sampling(experiment, args, common, measured):
         config = replace(own, **changes)
         if (key := (str(config), seed)) not in measured:
             measured[key] = measure(args.model, config, seed, args)
-        add_row(path, {**cell, **measured[key], **common})
+        add_row(path, {**cell, **measured[key], **common}, columns_of(args.data))
 
 
 def main():
     parser = Parser(description="the paper's ablations at toy scale")
     parser.add_argument("experiments", nargs="+", choices=("spans", *SAMPLING_CELLS))
+    parser.add_argument("--data", choices=WORLDS, default="toy", help="the world that is played and judged")
+    parser.add_argument("--judge", help="a judge's file; default: the one that ships for the world")
     parser.add_argument("--model", default="toy", help="what all but `spans` decode with")
     parser.add_argument("--steps", type=int, default=18_000, help="training steps of each model of `spans`")
     parser.add_argument("--span-lengths", type=int, nargs="+", default=[1, 2, 3, 5, 10], help="frames, of `spans`")

@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import types
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -94,6 +94,7 @@ def xformers_attention(q, k, v, attn_bias=None, p=0.0):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, dropout_p=p).transpose(1, 2)
 
 
+@lru_cache
 def import_official():
     """AudioCraft's modules lm_magnet, conditioners, codebooks_patterns.
 

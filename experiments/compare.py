@@ -8,6 +8,7 @@ A cell that its CSV file holds is not computed again, so the same command finish
 
     python -m experiments.compare quality --magnet toy --ar toy-ar --hybrid toy-hybrid
     python -m experiments.compare latency --shape small --device cuda --dtype bf16
+    python -m experiments.compare quality --data tunes --magnet runs/tunes --ar runs/tunes-ar
     python -m experiments.compare plot
 """
 
@@ -19,12 +20,12 @@ from statistics import mean, median
 
 import torch
 
-from experiments.ablations import RESULTS, add_row, hardware, is_done, name_with_weights, read_rows
+from experiments.ablations import RESULTS, add_row, file_of, hardware, is_done, name_with_weights, read_rows
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate
 from support.cli import DTYPES, Parser, pick_device, pick_dtype, run
+from toy import WORLDS, world_of
 from toy.evaluate import SPLITS, evaluate, with_interval
-from toy.world import ATTRIBUTES
 
 WEIGHTS, PROMPTS = (0.25, 0.5, 0.75), (0.0, 1.0, 2.0, 4.0)  # of the rescorer; seconds of a hybrid's prompt
 SIBLINGS = {"MAGNeT + rescoring": "MAGNeT", "hybrid 0 s": "MAGNeT", "hybrid 4 s": "autoregressive"}
@@ -55,7 +56,7 @@ def quality_cells(models):
 def measure(name, config, seed, args, rescorer=None):
     """Play and judge: the measured columns of a row."""
     result = evaluate(name, config, pick_device(args.device), args.n, floors=False, losses=False, seed=seed, repeated=1,
-                      rescorer=rescorer)
+                      rescorer=rescorer, data=args.data, judge=args.judge)
     row = {"frechet": result["frechet"]["model"], "seconds_per_clip": result["seconds_per_clip"], "right": ""}
     for kind in SPLITS:
         overall = result["adherence"][f"model, {kind}"]["overall"]
@@ -79,7 +80,7 @@ def compare_quality(args):
     for kind, name in models.items():
         check_objective(name, kind)
     labels = {name: name_with_weights(name) for name in models.values()}
-    device, path = pick_device(args.device), RESULTS / "quality.csv"
+    device, path = pick_device(args.device), RESULTS / file_of("quality", args.data)
     for seed, (method, setting, name, changes, weight) in product(args.seeds, quality_cells(models)):
         rescorer = models["ar"] if weight else None
         cell = {"method": method, "setting": setting, "seed": seed, "model": labels[name], "n_prompts": args.n // 2 * 2,
@@ -178,19 +179,19 @@ def print_quality(rows):
         print("| " + " | ".join((method, setting, *shares, *rest)) + " |")
 
 
-def paired_difference(rows, others):
+def paired_difference(rows, others, data="toy"):
     """By how many points of adherence `rows` are above `others`, on the same prompts: (mean, low, high) of 95%.
 
     The seeds of a prompt are averaged before they are compared: they are not trials of their own.
     """
     means = (torch.tensor([[int(digit) for digit in row["right"]] for row in cell]).double().mean(dim=0)
              for cell in (rows, others))
-    points = torch.sub(*means) * 100 / len(ATTRIBUTES)  # (n_prompts,)
+    points = torch.sub(*means) * 100 / len(world_of(data).ATTRIBUTES)  # (n_prompts,)
     middle, half = points.mean().item(), 1.96 * points.std().item() / len(points) ** 0.5
     return middle, middle - half, middle + half
 
 
-def print_differences(rows):
+def print_differences(rows, data="toy"):
     """What each method gains or loses against that of `SIBLINGS`."""
     cells = {}
     for row in rows:
@@ -199,7 +200,7 @@ def print_differences(rows):
         sibling = SIBLINGS.get(method) or SIBLINGS.get(f"{method} {setting}")
         for other in ((sibling, ""), (BEFORE, setting) if method == "hybrid" else None):
             if other in cells:
-                middle, low, high = paired_difference(cell, cells[other])
+                middle, low, high = paired_difference(cell, cells[other], data)
                 print(f"{method} {setting} against {' '.join(other).strip()}: {middle:+.1f} points ({low:+.1f} to "
                       f"{high:+.1f})")
 
@@ -238,13 +239,14 @@ def draw_all(args):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    quality, latency = read_rows(RESULTS / "quality.csv"), read_rows(RESULTS / "latency.csv")
-    if not quality + latency:
+    latency = read_rows(RESULTS / "latency.csv")
+    quality = {data: rows for data in WORLDS if (rows := read_rows(RESULTS / file_of("quality", data)))}
+    if not quality and not latency:
         raise ValueError(f"{RESULTS} holds neither quality.csv nor latency.csv: run `quality` or `latency` first")
-    if quality:
-        print_quality(quality)
-        print_differences(quality)
-        plot_quality(plt, quality, RESULTS / "quality.png")
+    for data, rows in quality.items():
+        print_quality(rows)
+        print_differences(rows, data)
+        plot_quality(plt, rows, (RESULTS / file_of("quality", data)).with_suffix(".png"))
     for setting in dict.fromkeys((row["shape"], row["dtype"], row["hardware"]) for row in latency):
         rows = [row for row in latency if (row["shape"], row["dtype"], row["hardware"]) == setting]
         plot_latency(plt, rows, RESULTS / f"latency-{'-'.join(re.findall(r'[a-zA-Z0-9]+', ' '.join(setting)))}.png")
@@ -257,6 +259,8 @@ def main():
     parser.add_argument("part", choices=("quality", "latency", "plot"))
     for kind in ("magnet", "ar", "hybrid"):
         parser.add_argument(f"--{kind}", help="quality: the model of this kind; without it those cells are left out")
+    parser.add_argument("--data", choices=WORLDS, default="toy", help="quality: the world that is played and judged")
+    parser.add_argument("--judge", help="quality: a judge's file; default: the one that ships for the world")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="quality: of the sampling")
     parser.add_argument("--n", type=int, default=100, help="quality: prompts per cell, half of them unseen pairs")
     parser.add_argument("--shape", default="toy", choices=SHAPES, help="latency: of the model")

@@ -58,13 +58,14 @@ def model_settings(config, text_encoder, sampling, sample_rate, frame_rate):
     if config.objective == "hybrid":
         raise ValueError("a hybrid cannot be exported: AudioCraft has none (want the objective magnet or ar)")
     causal, K = config.objective == "ar", config.n_codebooks
+    seconds = int(config.seconds) if config.seconds.is_integer() else config.seconds  # want a whole number there
     network = NETWORK | {theirs: getattr(config, ours) for theirs, ours in SHAPE.items()}
     network |= {"dropout": config.dropout, "causal": causal}
     settings = {
         "solver": "musicgen" if causal else "magnet", "lm_model": f"transformer_lm{'' if causal else '_magnet'}",
         "device": "cpu", "dtype": "float32", "sample_rate": sample_rate, "channels": 1, "transformer_lm": network,
         "compression_model_checkpoint": f"//pretrained/{REPOSITORY}", "compression_model_n_q": None,
-        "dataset": {"segment_duration": config.seconds}, "attribute_dropout": {},
+        "dataset": {"segment_duration": seconds}, "attribute_dropout": {},
         "classifier_free_guidance": {"training_dropout": 0.3, "inference_coef": sampling.ar_guidance},
         "codebooks_pattern": {"modeling": "delay" if causal else "parallel", "parallel": {"empty_initial": -1},
                               "delay": {"delays": list(range(K)), "flatten_first": 0, "empty_initial": 0}},
@@ -83,7 +84,7 @@ def model_settings(config, text_encoder, sampling, sample_rate, frame_rate):
         steps = [*sampling.decoding_steps, *[sampling.decoding_steps[-1]] * K][:K]
         settings["generate"]["lm"] |= {"decoding_steps": steps, "anneal_temp": True}
         network |= {"subcodes_context": config.context, "span_len": config.span_len,
-                    "segment_duration": config.seconds, "compression_model_framerate": round(frame_rate)}
+                    "segment_duration": seconds, "compression_model_framerate": round(frame_rate)}
         settings["masking"] = {"span_len": config.span_len}
     return settings
 
@@ -134,6 +135,8 @@ def export(run, folder):
         shutil.copyfile(companions.codec, folder / CODEC_FILE)
     else:
         write_audiocraft_codec(codec, folder)
+    if not model.config.seconds.is_integer():
+        say(f"the official code builds models of whole seconds only, not of {model.config.seconds:g}")
     if sampling.schedule != "released" and model.config.objective == "magnet":
         say("a published model is always decoded with the released schedule (--schedule paper for the other)")
     say(f"wrote {folder}: {model}")

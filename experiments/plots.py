@@ -7,8 +7,9 @@ from statistics import mean
 
 import matplotlib
 
-from experiments.ablations import RESULTS, SAMPLING_CELLS, read_rows
+from experiments.ablations import RESULTS, SAMPLING_CELLS, file_of, read_rows
 from support.cli import Parser, run
+from toy import WORLDS
 from toy.evaluate import wilson, with_interval
 
 matplotlib.use("Agg")
@@ -66,7 +67,8 @@ def print_table(rows):
 
 def main():
     Parser(description="draw the results of the ablations").parse_args()
-    paths = [path for path in (RESULTS / f"{name}.csv" for name in ("spans", *SAMPLING_CELLS)) if path.is_file()]
+    paths = [RESULTS / file_of(name, data) for data in WORLDS for name in ("spans", *SAMPLING_CELLS)]
+    paths = [path for path in paths if path.is_file()]
     if not paths:
         raise ValueError(f"{RESULTS} holds no CSV file of an ablation: run experiments.ablations first")
     for path in paths:

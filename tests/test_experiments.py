@@ -10,7 +10,7 @@ import torch
 
 from encodec_wrap import load_codec
 from experiments import ablations, full_size, plots
-from experiments.ablations import COLUMNS, SAMPLING_CELLS, add_row, is_done, read_rows
+from experiments.ablations import SAMPLING_CELLS, add_row, columns_of, is_done, read_rows
 from model import load_model
 from t5_encoder import T5Config, T5Encoder
 
@@ -21,12 +21,12 @@ def test_a_cell_is_done_once_its_row_is_written_and_no_other_cell_or_row_is_touc
     path = tmp_path / "results" / "guidance.csv"
     assert not is_done(path, CELL)
     for seed in range(3):
-        add_row(path, {**CELL, "seed": seed, "frechet": 1 / 3})
+        add_row(path, {**CELL, "seed": seed, "frechet": 1 / 3}, columns_of("toy"))
     assert is_done(path, CELL)
     for name, other in (("setting", "constant 1"), ("seed", 3), ("model", "runs/mine")):
         assert not is_done(path, {**CELL, name: other})
     rows = read_rows(path)
-    assert [row["seed"] for row in rows] == ["0", "1", "2"] and tuple(rows[0]) == COLUMNS
+    assert [row["seed"] for row in rows] == ["0", "1", "2"] and tuple(rows[0]) == columns_of("toy")
     assert float(rows[0]["frechet"]) == pytest.approx(1 / 3, rel=1e-3)
     assert list(path.parent.iterdir()) == [path], "no half-written file stays"
 

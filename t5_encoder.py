@@ -228,9 +228,9 @@ class T5Encoder(nn.Module):
     def from_pretrained(cls, path_or_name):
         """Load an encoder, in float32 and on the CPU, with its tokenizer where there is one.
 
-        path_or_name: a folder with `config.json`, `model.safetensors` or `pytorch_model.bin`, and `spiece.model`; a
-        weight file in such a folder; "toy"; or a name of the family, with or without "google-t5/" or "google/", whose
-        files are downloaded on first use. A local path goes before these.
+        path_or_name: a folder with `config.json`, `model.safetensors` or `pytorch_model.bin` (or the index of their
+        parts) and `spiece.model`; a weight file in such a folder; "toy"; or a name of the family, with or without
+        "google-t5/" or "google/", whose files are downloaded on first use. A local path goes before these.
 
         ValueError: unknown name, or a file that is damaged or does not fit; FileNotFoundError: a folder that lacks a
         file; ConnectionError: a download failed. Each names the file.
@@ -246,7 +246,7 @@ class T5Encoder(nn.Module):
         weights = path if path.is_file() else weights
         if weights is None or not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder}: a text encoder's folder must hold {CONFIG} and "
-                                    f"{WEIGHTS.replace('|', ' or ')}")
+                                    f"{' or '.join(WEIGHTS.split('|')[::2])}")
         state = {name: tensor for name, tensor in read_checkpoint(weights).items()
                  if name.startswith(("shared.", "encoder."))}  # the decoder and the language-model head are not used
         same = state.pop("encoder.embed_tokens.weight", None)  # shared.weight once more; one of them may be left out

@@ -47,9 +47,9 @@ def save_whole(content, path):
 
 
 def read_checkpoint(path, keys=()):
-    """The dictionary in a file of torch.save, .safetensors or .json. No code in it is run, checksums are verified, and
-    tensors stay in the file until they are used. ValueError names a file that is damaged, holds no dictionary, or lacks
-    one of `keys`."""
+    """The dictionary in a file of torch.save, .safetensors or .json, or in the shards that an .index.json lists. No
+    code in it is run, checksums are verified, and tensors stay in the file until they are used. ValueError names a file
+    that is damaged, holds no dictionary, or lacks one of `keys`."""
     path = Path(path)
     try:
         if path.suffix == ".json":
@@ -61,6 +61,9 @@ def read_checkpoint(path, keys=()):
             if zipped and (damaged := zipfile.ZipFile(path).testzip()):  # torch does not look at the checksums
                 raise ValueError(f"{damaged} fails its checksum")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if path.name.endswith(".index.json") and not keys:
+            shards = sorted(set(content["weight_map"].values()))
+            content = {k: tensor for shard in shards for k, tensor in read_checkpoint(path.with_name(shard)).items()}
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
         if missing := [key for key in keys if key not in content]:

@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 import yaml
 
-WEIGHTS = "model.safetensors|pytorch_model.bin"  # one of them
+from support.files import read_checkpoint
+
+WEIGHTS = "model.safetensors|model.safetensors.index.json|pytorch_model.bin|pytorch_model.bin.index.json"  # one of them
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is faster, above all on hostile text
 
 
 def fetch(repository, *files, repo_type=None):
-    """The folder with a repository's `files`; what is missing is downloaded. "a|b" is satisfied by either file.
+    """The folder with a repository's `files`; what is missing is downloaded. "a|b" is satisfied by either file, and an
+    index of weights (*.index.json) brings its weights with it. repo_type: "dataset" where it is one.
 
     A folder of the repository's name ("facebook/encodec_32khz") in the working directory goes before the cache, if it
     holds them all. ConnectionError: one line with each file that this folder lacks, its address, and the folder.
@@ -46,7 +49,10 @@ def fetch(repository, *files, repo_type=None):
                   for file in missing)
         raise ConnectionError(f"download failed ({reason}); try again, or put {' and '.join(wanted)} into the folder "
                               f"{by_hand.absolute()}") from error
-    return found[files[0]].parent
+    for path in found.values():
+        if path.name.endswith(".index.json"):
+            fetch(repository, *sorted(set(read_checkpoint(path, ["weight_map"])["weight_map"].values())))
+    return path.parent
 
 
 def fetch_url(url, sha256):

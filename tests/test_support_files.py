@@ -87,12 +87,13 @@ def test_read_checkpoint_names_a_file_that_is_damaged_or_something_else_or_lacks
         read_checkpoint(path, keys=("weight", "step", "rng"))
 
 
-def test_read_checkpoint_reads_safetensors_and_json_too(weights, tmp_path):
-    save_file(weights, tmp_path / "a.safetensors")
-    content = read_checkpoint(tmp_path / "a.safetensors")
+def test_read_checkpoint_reads_safetensors_and_the_shards_of_an_index_too(weights, tmp_path):
+    save_file({"weight": weights["weight"]}, tmp_path / "1.safetensors")
+    save_whole({"bias": weights["bias"]}, tmp_path / "2.bin")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"weight": "1.safetensors", "bias": "2.bin"}}')
+    content = read_checkpoint(index)
     assert content.keys() == weights.keys() and all(content[name].equal(weights[name]) for name in weights)
-    (tmp_path / "config.json").write_text('{"dim": 1}')
-    assert read_checkpoint(tmp_path / "config.json") == {"dim": 1}
 
 
 BAD = {  # what is done to the weight: what the message says

@@ -4,6 +4,7 @@ Read in this order: what `fetch` downloads and what it does not; what it says wh
 the readers of settings.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from support.cli import Config, option
+from support.files import read_checkpoint
 from support.hub import WEIGHTS, fetch, fetch_url, make_config, read_yaml
 
 NAME = "google-t5/some-model"
@@ -36,6 +40,15 @@ def test_fetch_downloads_each_file_once_into_one_folder_and_of_alternatives_the_
     assert fetch(NAME, "config.json", WEIGHTS) == folder and len(local_hub.served) == 2
     local_hub.shutdown()
     assert fetch(NAME, "config.json", WEIGHTS) == folder, "needs no network any more"
+
+
+def test_fetch_brings_the_parts_that_an_index_lists(local_hub):
+    tensors = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
+    parts = {name: f"model-{name}.safetensors" for name in tensors}
+    put(local_hub.folder / NAME, model__safetensors__index__json=json.dumps({"weight_map": parts}).encode())
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, local_hub.folder / NAME / parts[name])
+    assert read_checkpoint(fetch(NAME, WEIGHTS) / "model.safetensors.index.json") == tensors
 
 
 def test_fetch_completes_a_folder_with_files_of_the_same_version(local_hub):

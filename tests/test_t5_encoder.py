@@ -146,13 +146,19 @@ def test_from_pretrained_reads_the_shipped_encoder_with_the_weights_that_the_toy
 
 
 @pytest.mark.parametrize("left_out", ["shared.weight", "encoder.embed_tokens.weight"])
-def test_from_pretrained_reads_safetensors_with_the_embedding_under_either_name(left_out, tmp_path):
+def test_from_pretrained_reads_safetensors_and_indexed_parts_with_the_embedding_under_either_name(left_out, tmp_path):
     tensors, config = published()
     unused = {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(3), "lm_head.weight": torch.zeros(2, 2)}
     expected = T5Encoder.from_pretrained(lay(tmp_path / "bin", tensors | unused, config) / "pytorch_model.bin")
     del tensors[left_out]
     whole = lay(tmp_path / "whole", tensors, config, "model.safetensors")
     assert_same_weights(T5Encoder.from_pretrained(whole), expected)
+    names, folder = sorted(tensors), tmp_path / "parts"
+    for file, part in (("1.safetensors", names[:5]), ("2.safetensors", names[5:])):
+        lay(folder, {name: tensors[name] for name in part}, config, file)
+    index = {name: f"{1 + (name in names[5:])}.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert_same_weights(T5Encoder.from_pretrained(folder), expected)
 
 
 def test_from_pretrained_reads_back_what_save_pretrained_wrote(encoder, tmp_path):

@@ -32,8 +32,8 @@ def open_audio(path):
 
 def read_blocks(path, sample_rate):
     """Yield a file of any rate and channel count as arrays (S,) float32, mono, at `sample_rate` Hz, block by block, to
-    its real end, whatever the header says. A warning says if it was cut. ValueError names a file that cannot be read or
-    holds numbers that are not finite."""
+    its real end, whatever the header says. A warning says if it was cut, or holds several recordings. ValueError names
+    a file that cannot be read or holds numbers that are not finite."""
     with open_audio(path) as sound:
         resampler, frames, fault = soxr.ResampleStream(sound.samplerate, sample_rate, 1), 0, False
         size = n_read = max(1, BLOCK // sound.channels)
@@ -54,8 +54,14 @@ def read_blocks(path, sample_rate):
         sizes = re.search(r"(?:RIFF|FORM|riff|Data Size) +: (\d+) \(should be (\d+)", log)
         cut = sizes and int(sizes[2]) < int(sizes[1]) < 2**31 - 2**16  # more is what is written where it is not known
         too_few = frames < sound.frames < 2**62  # 2**63 - 1 stands for a FLAC that was written to a pipe
-        if fault or cut or too_few or "lacks an end-of-stream bit" in log:
-            warnings.warn(f"{path}: was cut, or is damaged, at {frames / sound.samplerate:.6g} s", stacklevel=2)
+        cut = cut or too_few or fault or "lacks an end-of-stream bit" in log
+        unread = os.path.getsize(path) - os.lseek(sound.name, 0, os.SEEK_CUR)  # a tag, with the title, is short
+        several = unread > 1024 and sound.format in ("MP3", "FLAC")
+        if sound.format == "OGG":
+            several = Path(path).read_bytes().rfind(b"OggS\0\2") > 0  # begins a stream
+        if cut or several:
+            warnings.warn(f"{path}: was cut, is damaged, or holds several recordings: it is read up to "
+                          f"{frames / sound.samplerate:.6g} s", stacklevel=2)
 
 
 def load_audio(path, sample_rate, max_seconds=86_400):
@@ -73,13 +79,14 @@ def load_audio(path, sample_rate, max_seconds=86_400):
 
 def check_audio_path(path):
     """Check a file name before there is anything to write: ValueError or OSError for a suffix that is not written, a
-    folder, and where there is no permission."""
+    folder, and where there is no permission or no room."""
     path = Path(path)
     if path.suffix.lower() not in (".wav", ".flac", ".ogg") or path.exists() and not path.is_file():
         raise ValueError(f"{path}: is a folder, or no name of an audio file, which must end in .wav, .flac or .ogg")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as trial:
+            trial.write(bytes(4096))
     except OSError as error:
         raise OSError(f"{path}: cannot be written to {folder} ({error.strerror})") from error
 

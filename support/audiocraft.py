@@ -2,15 +2,22 @@
 
 from support.hub import read_yaml
 
-FIXED = {  # settings that our network does not vary
-    "channels": 1, "interleave_stereo_codebooks.use": False, "codebooks_pattern.delay.flatten_first": 0,
-    "codebooks_pattern.delay.empty_initial": 0, "conditioners.description.model": "t5",
-    "conditioners.description.t5.finetune": False, "conditioners.description.t5.normalize_text": False,
-    "fuser.sum": [], "fuser.input_interpolate": [], "fuser.prepend": [], "fuser.cross": ["description"],
-    "fuser.cross_attention_pos_emb": False, **{f"transformer_lm.{name}": value for name, value in {
-        "positional_embedding": "sin", "activation": "gelu", "norm": "layer_norm", "norm_first": True,
-        "layer_scale": None, "past_context": None, "kv_repeat": 1, "xpos": False, "bias_ff": False, "bias_attn": False,
-        "bias_proj": False, "qk_layer_norm": False, "qk_layer_norm_cross": False}.items()}}
+FIXED = {  # settings that our network does not vary: name -> (ours, what another value means)
+    "codebooks_pattern.delay.flatten_first": (0, "a flattened beginning"),
+    "codebooks_pattern.delay.empty_initial": (0, "an empty beginning"),
+    "channels": (1, "a stereo model"), "interleave_stereo_codebooks.use": (False, "a stereo model"),
+    "fuser.sum": ([], "a condition that is added"), "fuser.input_interpolate": ([], "a condition that is interpolated"),
+    "fuser.prepend": ([], "a melody-conditioned model"), "fuser.cross": (["description"], "another condition"),
+    "conditioners.description.model": ("t5", "a text encoder other than T5"),
+    "conditioners.description.t5.finetune": (False, "a T5 trained with the model"),
+    "conditioners.description.t5.normalize_text": (False, "normalised text"),
+    "fuser.cross_attention_pos_emb": (False, "cross_attention_pos_emb"),
+    "transformer_lm.positional_embedding": ("sin", "rotary embeddings"),
+    "transformer_lm.activation": ("gelu", "another activation"), "transformer_lm.norm": ("layer_norm", "another norm"),
+    "transformer_lm.norm_first": (True, "a post-norm model"), "transformer_lm.layer_scale": (None, "layer scale"),
+    "transformer_lm.past_context": (None, "a limited past"), "transformer_lm.kv_repeat": (1, "shared keys and values"),
+    **{f"transformer_lm.{name}": (False, name) for name in (
+        "xpos", "bias_ff", "bias_attn", "bias_proj", "qk_layer_norm", "qk_layer_norm_cross")}}
 SHAPE = {"n_q": "n_codebooks", "card": "card", "dim": "dim", "num_heads": "n_heads", "num_layers": "n_layers",
          "hidden_scale": "ffn_mult"}  # AudioCraft's name -> ours
 MAGNET_SAMPLING = {
@@ -24,9 +31,9 @@ def read_settings(text, path):
     """YAML text of the file `path` -> (fields of a model's config, of a sampling config, the name of the text encoder).
     KeyError: a setting is missing; ValueError: it is not supported."""
     settings = read_yaml(text, path)
-    for name, ours in FIXED.items():
+    for name, (ours, other) in FIXED.items():
         if settings.get(name, ours) != ours:
-            raise ValueError(f"a model with {name} {settings[name]} is not supported (only {ours})")
+            raise ValueError(f"{other} is not supported: {name} is {settings[name]}, not {ours}")
     model = {ours: settings[f"transformer_lm.{name}"] for name, ours in SHAPE.items()}
     model["seconds"] = float(settings["dataset.segment_duration"])
     model["text_len"] = settings.get("text_len", 0)  # stands only in what `experiments.export` writes

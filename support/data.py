@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections import namedtuple
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +27,19 @@ from support.files import fingerprint, read_checkpoint, save_whole
 
 CAPTIONS = (".txt", ".json")
 BATCH = 8  # clips that are encoded together
+SILENT = 1e-4  # a clip whose samples all are below -80 dB
 SAVE_SECONDS = 120.0  # between two writes of a cache file
 
 
-# A recording: `key`, hexadecimal, identifies its samples; `read()` yields them as arrays (S,) float32, mono, at the
-# codec's rate; it may raise ValueError or OSError.
-Entry = namedtuple("Entry", "name key read caption")
+@dataclass
+class Entry:
+    """A recording: `key`, hexadecimal, identifies its samples; `read()` yields them as arrays (S,) float32, mono, at
+    the codec's rate; it may raise ValueError or OSError."""
+
+    name: str
+    key: str
+    read: Callable
+    caption: str
 
 
 @dataclass
@@ -81,8 +88,10 @@ def find_entries(data, audio_key, caption_key, sample_rate):
     """(entries, [(name, why it is skipped)], number of captions) of a folder or a JSON-lines manifest: all it holds."""
     path, entries, skipped, captions = Path(data), [], [], set()
     if path.is_dir():
-        walk = os.walk(path, onerror=lambda error: skipped.append((error.filename, error.strerror)))
+        walk = list(os.walk(path, onerror=lambda error: skipped.append((error.filename, error.strerror))))
         files = sorted(Path(parent, name) for parent, _, names in walk for name in names)
+        folders = [Path(parent, name) for parent, names, _ in walk for name in names]
+        skipped += [(folder, "is a link to a folder") for folder in folders if folder.is_symlink()]  # not followed
         stems = {file.with_suffix("") for file in files if file.suffix not in CAPTIONS}
         captions = {file for file in files if file.suffix in CAPTIONS and file.with_suffix("") in stems}
         source = [(str(file), file) for file in files if file not in captions]
@@ -160,16 +169,19 @@ def encode_audio(entries, codec, length, device, bad, keys):
         reading = map(partial(reader.submit, begin), keys)  # each is begun when it is asked for
         coming = next(reading, None)
         for key in tqdm(keys, desc="encoding audio", disable=not keys):
-            ready, coming, codes, n_frames = coming, next(reading, None), [], []
+            ready, coming, codes, n_frames, silent = coming, next(reading, None), [], [], 0
             try:
                 clips = ready.result()
                 while batch := list(itertools.islice(clips, BATCH)):
                     wav = torch.from_numpy(np.stack([clip for clip, _ in batch]))[:, None].to(device)
                     codes.append(codec.encode(wav).cpu().to(torch.int16))
                     n_frames += [math.ceil(n / codec.hop_length) for _, n in batch]
+                    silent += int((wav.abs().amax(dim=(1, 2)) < SILENT).sum())
             except (ValueError, OSError) as error:
                 bad[key] = str(error)
             else:
+                if silent:  # as stereo is whose channels cancel each other out
+                    say(f"note: {entries[key].name}: {silent} of its {len(n_frames)} clips are silent in mono")
                 yield key, (torch.cat(codes), torch.tensor(n_frames))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,9 +28,12 @@ class NoInit(torch.overrides.TorchFunctionMode):
 @contextmanager
 def whole_file(path):
     """A temporary path beside `path`, to write to: it takes the name `path` at the end, or goes after an error. OSError
-    if it cannot be written, a full disk included. Only a process that is killed leaves it behind."""
+    if it cannot be written, a full disk included. What killed processes left behind is removed an hour later."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for litter in path.parent.glob(f".{path.name}.*.tmp"):
+        if time.time() - litter.stat().st_mtime > 3600:
+            litter.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -15,15 +15,22 @@ REPOSITORY, ARCHIVE = "amaai-lab/MusicBench", "MusicBench.tar.gz"  # a data set 
 LISTS = ("MusicBench_train.json", "MusicBench_test_A.json", "MusicBench_test_B.json")
 
 
+def plain_only(member, folder):
+    """`tarfile`'s filter for files and folders inside `folder`; links are refused as well."""
+    if member.issym() or member.islnk():
+        raise tarfile.TarError(f"{member.name!r} is a link")
+    return tarfile.data_filter(member, folder)
+
+
 def unpack(archive, folder):
-    """Unpack an archive into a new `folder`, or nothing of it. ValueError: damage, a device, a way out."""
+    """Unpack an archive into a new `folder`, or nothing of it. ValueError: damage, a link, a device, a way out."""
     if not hasattr(tarfile, "data_filter"):
         raise ValueError(f"{archive}: unpacking it safely wants Python 3.10.12, 3.11.4, 3.12 or later")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left behind
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")
+            tar.extractall(partial, filter=plain_only)
             while tar.fileobj.read(2**20):  # to the very end, where the checksum is
                 pass
         os.replace(partial, folder)

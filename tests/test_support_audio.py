@@ -95,7 +95,7 @@ def test_load_audio_reads_a_flac_of_unknown_length_or_one_that_claims_days_to_it
     flac_of_length(tmp_path / "pipe.flac", 0)
     np.testing.assert_allclose(load_audio(tmp_path / "pipe.flac", RATE)[0], noise(20), atol=1e-4)
     flac_of_length(tmp_path / "days.flac", 2**32)
-    with pytest.warns(UserWarning, match="days.flac: was cut, or is damaged, at 20 s"):
+    with pytest.warns(UserWarning, match="days.flac: was cut.* up to 20 s"):
         assert load_audio(tmp_path / "days.flac", RATE).shape == (1, 20 * RATE)
 
 
@@ -109,6 +109,15 @@ def test_load_audio_gives_what_is_left_of_a_cut_file_and_says_so(tmp_path, suffi
         wav = load_audio(path, RATE)
     assert 8 * RATE < wav.shape[1] < 12 * RATE
     torch.testing.assert_close(wav[:, :-2000], whole[:, :wav.shape[1] - 2000])
+
+
+@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3"])
+def test_load_audio_says_that_of_several_recordings_in_a_file_it_reads_the_first(tmp_path, suffix):
+    path = tmp_path / f"two.{suffix}"
+    soundfile.write(path, noise(5), RATE)
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.warns(UserWarning, match="two.*several recordings"):
+        assert load_audio(path, RATE).shape[1] == pytest.approx(5 * RATE, abs=2000)
 
 
 @pytest.mark.parametrize("make", {

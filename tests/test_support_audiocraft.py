@@ -115,10 +115,15 @@ REFUSED = [  # (model, setting, its value), each named in the message
             "xpos", "bias_ff", "bias_attn", "bias_proj", "qk_layer_norm", "qk_layer_norm_cross"))))]
 
 
+NAMED = {"fuser.prepend": "a melody-conditioned model", "interleave_stereo_codebooks.use": "a stereo model",
+         f"{LM}.positional_embedding": "rotary embeddings", f"{LM}.norm_first": "a post-norm model",
+         f"{DELAY}.delay.delays": "not delayed by one frame", f"{DELAY}.modeling": "not delayed by one frame"}
+
+
 @pytest.mark.parametrize("name, setting, value", REFUSED, ids=lambda x: x if isinstance(x, str) else "")
 def test_what_is_not_supported_is_refused_by_its_name_in_one_line(name, setting, value, call, tmp_path):
     folder = lay_model(tmp_path / "model", name, at(setting, value))
-    words = "not delayed by one frame" if setting in (f"{DELAY}.delay.delays", f"{DELAY}.modeling") else setting
+    words = NAMED.get(setting, setting)
     assert_one_line(call(sample, "a flute", "--model", folder), f"{folder}/state_dict.bin", words, str(value))
 
 

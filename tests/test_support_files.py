@@ -7,6 +7,7 @@ Read in this order: `whole_file` and `save_whole` (writing), `read_checkpoint` (
 import os
 import pickle
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_whole_file_takes_its_name_at_the_end_only_and_an_error_or_a_stop_keeps_
             temporary.write_text("half")
             raise error
         assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
+
+
+def test_whole_file_removes_what_killed_processes_left_behind_but_nothing_fresh(tmp_path):
+    old, fresh = (tmp_path / name for name in (".file.txt.11.tmp", ".file.txt.12.tmp"))
+    for path in (old, fresh):
+        path.write_text("half")
+    os.utime(old, (time.time() - 4000,) * 2)
+    with whole_file(tmp_path / "file.txt") as temporary:
+        temporary.write_text("whole")
+    assert not old.exists() and fresh.exists()
 
 
 def test_save_whole_on_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import DATA, RunsCode, drawn, random_codes, random_text
 
 from masking import causal_attention_mask, delay_codes, mask_codes, restricted_attention_mask, undelay
-from model import Cache, ModelConfig, attention, load_model, local_attention, positions, text_attention_mask
+from model import Cache, attention, load_model, local_attention, positions, text_attention_mask
 from support.files import Companions
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -94,14 +94,14 @@ def test_text_attention_mask_shows_a_clip_its_own_tokens_and_padding_up_to_text_
 
 @pytest.mark.parametrize("text_len", [0, 32])
 @pytest.mark.of("text_attention_mask")
-def test_a_clips_logits_do_not_depend_on_its_neighbours(text_len, make_magnet):
+def test_a_clips_logits_do_not_depend_on_its_neighbours_or_on_what_is_written_in_padding(text_len, make_magnet):
     """Alone, first or last of two, beside a text of 512 tokens. Measured: they differ by at most 1.2e-6; those of
     `magnet_tiny`, whose logits are up to 14, by 9e-6; those of the shipped model not at all."""
     model = make_magnet(text_len=text_len)
     (text, mask), (long, full) = random_text(model, 1), random_text(model, 1, 512, seed=1)
     codes = random_codes(model, B=1)
     alone, padding = model(codes, 0, text, mask), 512 - text.shape[1]
-    texts, masks = [F.pad(text, (0, 0, 0, padding)), long], [F.pad(mask, (0, padding)), full]
+    texts, masks = [F.pad(text, (0, 0, 0, padding), value=100), long], [F.pad(mask, (0, padding)), full]
     for place in (0, 1):
         both = model(codes.repeat(2, 1, 1), 0, torch.cat(texts), torch.cat(masks))
         assert (both[place] - alone[0]).abs().max() < 1e-5, f"as number {place} of 2 it is other music"
@@ -121,17 +121,6 @@ def test_the_null_condition_is_all_zero_whatever_the_text_and_the_projections_bi
     logits, null = model(codes, 0, text, mask), model(codes, 0)
     assert logits[1].equal(null[1]), "something of a text comes through the null condition"
     assert not torch.allclose(logits[0], null[0], atol=1e-3), "the other row has a text"
-
-
-@pytest.mark.of("text_attention_mask")
-def test_padding_takes_part_as_zero_keys_and_values(make_magnet):
-    """As released: the shares of text_len - L more keys with score 0 go to nothing, so the text counts for less."""
-    model, wider = make_magnet(), make_magnet(text_len=50)  # the same weights
-    codes, (text, mask) = random_codes(model), random_text(model)
-    null, near, far = model(codes, 0), wider(codes, 0, text, mask), model(codes, 0, text, mask)
-    assert (near - null).norm() < 0.5 * (far - null).norm(), "47 zero keys should weaken 3 tokens"
-    noise = F.pad(text, (0, 0, 0, 4), value=100), F.pad(mask, (0, 4))
-    assert wider(codes, 0, *noise).equal(near), "what is written in padding makes a difference"
 
 
 # --------------------------------------------------------------------------------- embeddings, the block, and the heads
@@ -238,13 +227,6 @@ def test_score_codes_of_codebook_1_knows_what_the_delay_has_written_before(make_
 
 # ------------------------------------------------------------------------------------------------ what it must survive
 
-@pytest.mark.parametrize("K, stage, L_dim, words", [(3, 0, 8, "codes of 3 codebooks"), (4, 4, 8, "at stage 4"),
-                                                    (4, 0, 9, "9 wide; this model wants 8")])
-def test_forward_says_what_does_not_fit(K, stage, L_dim, words, make_magnet):
-    with pytest.raises(ValueError, match=words):
-        make_magnet()(torch.zeros(1, K, 5).long(), stage, torch.zeros(1, 2, L_dim), torch.ones(1, 2))
-
-
 @pytest.mark.of("MAGNeT")
 def test_all_weights_start_at_the_scale_of_their_inputs_and_learn(make_magnet):
     model = make_magnet(dim=64, card=64)
@@ -275,29 +257,17 @@ def save(content, path):
     return path
 
 
-def checkpoint_of(model):
-    return {"model_config": dataclasses.asdict(model.config), "ema": model.state_dict(), "codec": "toy",
-            "text_encoder": "t5-small", "codec_id": "c0", "text_encoder_id": "e0", "sampling": {"top_p": 0.8}}
-
-
 def test_load_model_gives_back_what_was_saved(make_magnet, tmp_path):
     model = make_magnet(context=7)
-    path = save(checkpoint_of(model), tmp_path / "checkpoint.pt")
+    inputs, path = (random_codes(model), 1, *random_text(model)), tmp_path / "checkpoint.pt"
+    torch.save({"model_config": dataclasses.asdict(model.config), "ema": model.state_dict(), "codec": "toy",
+                "text_encoder": "t5-small", "codec_id": "c0", "text_encoder_id": "e0",
+                "sampling": {"top_p": 0.8}}, path)
     for name in (path, tmp_path, str(tmp_path)):  # the file, or the folder of a training run
         loaded, companions = load_model(name)
-        assert loaded.config == model.config
+        assert loaded.config == model.config and loaded(*inputs).equal(model(*inputs))
         assert companions == Companions("toy", "t5-small", "c0", "e0", sampling={"top_p": 0.8})
         assert not loaded.training and not any(weight.requires_grad for weight in loaded.parameters())
-        assert loaded(random_codes(model), 1, *random_text(model)).equal(
-            model(random_codes(model), 1, *random_text(model)))
-
-
-def test_load_model_reads_the_settings_of_published_models():
-    magnet, companions = load_model(DATA / "magnet_tiny_state_dict.bin")
-    assert magnet.config == ModelConfig(n_codebooks=4, card=64, dim=64, n_heads=4, n_layers=3, text_dim=32, seconds=1)
-    assert companions == Companions("facebook/encodec_32khz", "t5-base", sampling={"schedule": "released"})
-    musicgen, companions = load_model(DATA / "musicgen_tiny_state_dict.bin")
-    assert (musicgen.config.objective, musicgen.config.context, companions.sampling) == ("ar", -1, {})
 
 
 def test_load_model_keeps_weights_of_the_type_asked_for_in_their_file(tmp_path):
@@ -355,12 +325,11 @@ def test_forward_gives_the_official_logits_and_loss(stage, magnet_tiny, golden):
     """With the text, with the null condition, and the cross-entropy of the hidden tokens."""
     text, wanted = (golden["text_embeddings"], golden["text_mask"]), golden["stages"][stage]
     inputs, hidden = mask_codes(golden["codes"], stage, wanted["masked"], magnet_tiny.mask_id), wanted["masked"]
-    assert inputs.equal(wanted["input"])
-    logits = magnet_tiny(inputs, stage, *text)
-    torch.testing.assert_close(logits, wanted["logits"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(magnet_tiny(inputs, stage), wanted["logits_null"], atol=1e-4, rtol=0)
+    logits, null = magnet_tiny(inputs, stage, *text), magnet_tiny(inputs, stage)
     loss = F.cross_entropy(logits[hidden], golden["codes"][:, stage][hidden])
-    torch.testing.assert_close(loss, wanted["masked_cross_entropy"], atol=1e-4, rtol=0)
+    assert inputs.equal(wanted["input"])
+    for ours, name in ((logits, "logits"), (null, "logits_null"), (loss, "masked_cross_entropy")):
+        torch.testing.assert_close(ours, wanted[name], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

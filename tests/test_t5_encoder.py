@@ -1,9 +1,9 @@
 """What the T5 text encoder promises. Nothing here touches the internet.
 
-Read in this order: the buckets of relative distances; the parts of the network; captions to token ids; captions to
-embeddings; reading weights, from folders and by name; at the end, parity with an independent implementation, whose
-hidden states are in `data/t5_tiny_*` (v1.0) and `data/t5v1_1_tiny_*` (v1.1), and whose token ids are in
-`data/t5_token_ids.json`. `data/t5_spiece.model` is T5's own SentencePiece model (Apache-2.0).
+Read in this order: the buckets of relative distances; the network, whose parts are exercises (`python -m study`);
+captions to token ids; captions to embeddings; reading weights, from folders and by name; at the end, parity with an
+independent implementation, whose hidden states are in `data/t5_tiny_*` (v1.0) and `data/t5v1_1_tiny_*` (v1.1), and
+whose token ids are in `data/t5_token_ids.json`. `data/t5_spiece.model` is T5's own SentencePiece model (Apache-2.0).
 """
 
 import json
@@ -15,9 +15,8 @@ import torch
 from conftest import DATA
 from safetensors.torch import save_file
 
-import t5_encoder
 from support.files import fingerprint
-from t5_encoder import REPOSITORIES, Attention, RMSNorm, T5Config, T5Encoder, relative_buckets
+from t5_encoder import REPOSITORIES, T5Config, T5Encoder, relative_buckets
 from toy.train_text import save_pretrained
 
 SPIECE = DATA / "t5_spiece.model"
@@ -55,31 +54,12 @@ def assert_same_weights(one, other):
 
 def test_relative_buckets_keep_near_distances_apart_then_grow_logarithmically_then_stop():
     """Eight buckets cover 8 to 128, so that two of them are a factor of 2. A key after its query has 16 more."""
-    assert relative_buckets(-torch.arange(8)).tolist() == list(range(8))
     edges = [math.ceil(8 * 16 ** (i / 8)) for i in range(8)]
-    assert relative_buckets(-torch.tensor(edges)).tolist() == list(range(8, 16))
-    assert relative_buckets(1 - torch.tensor(edges)).tolist() == list(range(7, 15))
+    assert relative_buckets(-torch.tensor([*range(8), *edges])).tolist() == list(range(16))
+    assert relative_buckets(1 - torch.tensor(edges)).tolist() == list(range(7, 15)), "one before an edge"
     assert relative_buckets(torch.tensor([-128, -10**6, 10**6])).tolist() == [15, 15, 31]
     distance = torch.arange(1, 600)
-    assert torch.equal(relative_buckets(distance), relative_buckets(-distance) + 16)
-
-
-def test_rms_norm_keeps_the_mean_and_drops_the_scale():
-    norm = RMSNorm(4, 1e-6)
-    torch.testing.assert_close(norm(torch.full((4,), 1e4)), torch.ones(4))
-    torch.testing.assert_close(norm(torch.tensor([3.0, 4.0, 0.0, 0.0])).square().mean(), torch.tensor(1.0))
-
-
-def test_attention_adds_its_bias_to_scores_that_are_not_scaled():
-    """With q = k = v = x the scores of the first token are ln 3 and 0; a bias of ln 3 for the second token makes them
-    equal. Divided by sqrt(D) = 2 the first weight would be 0.63 and not 3/4."""
-    attention, root = Attention(replace(NETWORK, d_model=4, d_kv=4, num_heads=1)), math.sqrt(math.log(3))
-    for layer in (attention.q, attention.k, attention.v, attention.o):
-        torch.nn.init.eye_(layer.weight)
-    x = torch.tensor([[[root, 0, 0, 0], [0, root, 0, 0]]])
-    for bias, share in ((0.0, 3 / 4), (math.log(3), 1 / 2)):
-        out = attention(x, torch.tensor([[[[0, bias], [0, 0]]]]))[0, 0] / root
-        assert out.tolist() == pytest.approx([share, 1 - share, 0, 0], abs=1e-5)
+    assert relative_buckets(distance).equal(relative_buckets(-distance) + 16)
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
@@ -109,18 +89,18 @@ def test_forward_computes_in_float32_under_autocast_where_fp16_would_overflow(en
     assert max(largest) > 65_504 and embeddings.isfinite().all() and torch.equal(embeddings, expected)
 
 
-def test_tokenize_ends_each_caption_in_eos_and_pads_with_0(encoder):
-    input_ids, mask = encoder.tokenize(["smooth jazz", "smooth jazz with a saxophone solo", " "])
-    assert input_ids.dtype == torch.long and mask.dtype == torch.bool and torch.equal(mask, input_ids != 0)
-    assert (input_ids[torch.arange(3), mask.sum(1) - 1] == 1).all()
+def test_tokenize_ends_each_caption_in_eos_and_pads_with_0_and_takes_any_text(encoder):
+    captions = ["smooth jazz", "smooth jazz with a saxophone solo", " ", "a\0b", "\u200b", "\U0001f3b8" * 3, "e\u0301",
+                "\x07", "x" * 5000]
+    input_ids, mask = encoder.tokenize(captions)
+    assert input_ids.dtype == torch.long and mask.dtype == torch.bool and mask.equal(input_ids != 0)
+    assert input_ids.min() >= 0 and input_ids.max() < 32_000
+    assert (input_ids[torch.arange(len(captions)), mask.sum(1) - 1] == 1).all()
 
 
-def test_tokenize_cuts_at_512_and_takes_any_text(encoder):
+def test_tokenize_cuts_at_512(encoder):
     input_ids, mask = encoder.tokenize(["music with " * 1000])
     assert input_ids[0].tolist() == [723, 28] * 255 + [723, 1] and mask.all(), '"music", "with", ..., EOS'
-    for caption in ("a\0b", "\u200b", "\U0001f3b8" * 3, "e\u0301", "\x07", "x" * 5000):
-        input_ids, _ = encoder.tokenize([caption])
-        assert input_ids[0, -1] == 1 and input_ids.min() >= 0 and input_ids.max() < 32_000, caption
 
 
 def test_encode_text_gives_embeddings_that_are_zero_exactly_where_masked_and_for_the_empty_caption(encoder):
@@ -137,12 +117,6 @@ def test_encode_text_does_not_depend_on_the_other_captions(encoder):
     for row, caption in enumerate(CAPTIONS):
         alone, alone_mask = encoder.encode_text([caption])
         torch.testing.assert_close(embeddings[row][mask[row]], alone[0][alone_mask[0]], atol=1e-5, rtol=0)
-
-
-def test_from_pretrained_reads_the_shipped_encoder_with_the_weights_that_the_toy_models_name():
-    encoder = T5Encoder.from_pretrained("toy")
-    shipped = torch.load(t5_encoder.TOY_ENCODER.parent / "magnet.pt", weights_only=True)
-    assert fingerprint(encoder) == shipped["text_encoder_id"]
 
 
 @pytest.mark.parametrize("left_out", ["shared.weight", "encoder.embed_tokens.weight"])
@@ -163,9 +137,7 @@ def test_from_pretrained_reads_safetensors_and_indexed_parts_with_the_embedding_
 
 def test_from_pretrained_reads_back_what_save_pretrained_wrote(encoder, tmp_path):
     save_pretrained(encoder, tmp_path / "whole")
-    again = T5Encoder.from_pretrained(tmp_path / "whole")
-    assert_same_weights(again, encoder)
-    assert torch.equal(again.encode_text(CAPTIONS)[0], encoder.encode_text(CAPTIONS)[0])
+    assert_same_weights(T5Encoder.from_pretrained(tmp_path / "whole"), encoder)
     assert {path.name for path in (tmp_path / "whole").iterdir()} == set(FILES)
     save_pretrained(encoder, tmp_path / "half", torch.float16)
     half = T5Encoder.from_pretrained(tmp_path / "half")
@@ -173,25 +145,15 @@ def test_from_pretrained_reads_back_what_save_pretrained_wrote(encoder, tmp_path
     torch.testing.assert_close(half.encode_text(CAPTIONS), encoder.encode_text(CAPTIONS), atol=0.02, rtol=0)
 
 
-def test_from_pretrained_names_file_and_tensor_that_do_not_fit(tmp_path):
-    for change, words in ((lambda tensors: tensors.pop("encoder.final_layer_norm.weight"), "final_norm.* is missing"),
-                          (lambda tensors: tensors["shared.weight"].fill_(math.nan), "embed.weight holds numbers that"),
-                          (lambda tensors: tensors.update({"encoder.x": torch.zeros(1)}), "encoder.x is unexpected")):
-        tensors, config = published()
-        del tensors["encoder.embed_tokens.weight"]
-        change(tensors)
-        with pytest.raises(ValueError, match=rf"pytorch_model\.bin: tensor .*{words}"):
-            T5Encoder.from_pretrained(lay(tmp_path, tensors, config))
-
-
-def test_from_pretrained_names_file_and_field_of_a_config_that_is_wrong(tmp_path):
+def test_from_pretrained_names_file_and_field_or_tensor_that_is_wrong(tmp_path):
     tensors, config = published()
     for field, value in {"d_model": "wide", "d_ff": 2**40, "num_layers": 0, "d_kv": True, "vocab_size": None,
                          "layer_norm_epsilon": math.nan, "feed_forward_proj": "swish"}.items():
         with pytest.raises(ValueError, match=rf"config\.json: {field} must be"):
             T5Encoder.from_pretrained(lay(tmp_path, tensors, config | {field: value}))
-    with pytest.raises(ValueError, match=r"config\.json: d_ff is missing"):
-        T5Encoder.from_pretrained(lay(tmp_path, tensors, {"d_model": 3, "vocab_size": 3, "d_kv": 3}))
+    del tensors["encoder.final_layer_norm.weight"]
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: tensor final_norm.* is missing"):
+        T5Encoder.from_pretrained(lay(tmp_path, tensors, config))
 
 
 def test_from_pretrained_names_a_tokenizer_that_is_missing_foreign_or_too_large(tmp_path):
@@ -219,14 +181,6 @@ def test_from_pretrained_fetches_a_published_name_once_with_the_shape_in_its_con
     for _ in range(2):
         assert_same_weights(T5Encoder.from_pretrained(name), encoder)
     assert local_hub.served == [f"{repository}/{file}" for file in FILES]
-
-
-def test_from_pretrained_offline_says_what_to_put_where_and_reads_it_there(offline, encoder):
-    with pytest.raises(ConnectionError) as error:
-        T5Encoder.from_pretrained("t5-base")
-    assert all(f"google-t5/t5-base/resolve/main/{file}" in str(error.value) for file in FILES)
-    save_pretrained(encoder, offline / "google-t5/t5-base")
-    assert T5Encoder.from_pretrained("t5-base").tokenizer is not None
 
 
 def test_tokenize_matches_the_ids_of_the_reference(encoder):

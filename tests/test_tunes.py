@@ -15,7 +15,7 @@ import torch
 from encodec_wrap import load_codec
 from t5_encoder import T5Encoder
 from toy import band, memory, signals, tunebook, tunes, weights_of
-from toy.judge import KeyNet
+from toy.judge import KeyNet, draw_clips, load_judge, through_codec
 from toy.mel import onset_bands, pitch_profile
 from toy.train_codec import check
 from toy.train_text import draw_caption
@@ -339,3 +339,14 @@ def test_tunes_melodies_of_test_tunes_go_through_the_codec_that_ships():
         coded = codec.decode(codec.encode(torch.from_numpy(wav)[None, None]))[0, 0].numpy()
         clips.append((coded, notes(seed, "test", instrument=instrument)["melody"]))
     assert share_in_melody(clips, 3) > 0.7
+
+
+@wants_tunes
+def test_the_judge_that_ships_hears_what_test_tunes_are_through_the_codec_too():
+    """Of 96 clips, of which it heard none before; the dance is the hardest, a fifth is chance."""
+    wav, labels = draw_clips(96, 4, "tunes", split="test")
+    judge, coded = load_judge("tunes"), through_codec(wav, weights_of("tunes") / "codec.pt")
+    for sound in (wav, coded):
+        right = (judge.read(sound.float()) == labels).float().mean(dim=0).tolist()
+        shares = dict(zip(judge.attributes, right, strict=True))
+        assert shares.pop("dance") > 0.55 and min(shares.values()) > 0.85, shares

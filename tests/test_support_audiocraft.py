@@ -22,7 +22,8 @@ from experiments import export
 from model import PUBLISHED_MODELS, load_model
 from sample import SamplingConfig
 from support.audiocraft import FIXED, SHAPE
-from support.files import fingerprint
+from support.files import fingerprint, read_checkpoint
+from support.hub import read_yaml
 from t5_encoder import T5Encoder
 
 
@@ -207,6 +208,8 @@ def test_an_exported_model_is_read_back_as_it_was(name, hub, call, tmp_path):
     assert after.config == replace(before.config, context=context)
     for key, weight in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[key], weight, atol=1e-3, rtol=1e-3)
+    settings = read_checkpoint(tmp_path / "out" / "state_dict.bin")["xp.cfg"]
+    assert isinstance(read_yaml(settings, "")["dataset.segment_duration"], int), "the official code counts frames by it"
     schedule = {"schedule": "released"} if before.config.objective == "magnet" else {}  # the only one there
     brought = SamplingConfig(**needs.sampling | schedule)
     steps = (brought.decoding_steps + brought.decoding_steps[-1:] * 4)[:4]

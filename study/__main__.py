@@ -8,6 +8,7 @@
     python -m study play "PROMPT" ...      sample.py with all of yours in place
     python -m study train ...              train.py with all of yours in place
     python -m study mistakes [NAME ...]    plants the classic mistakes; says which claim catches each
+    python -m study cost ...               how much worse the toy model plays with those of decoding (hours)
     python -m study watch "PROMPT" ...     one decode as a page for the browser, with the sound of every step
     python -m study map [--check | --write]   the paper's parts, their functions and tests
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from study import ROOT
 from support.cli import Parser, run, say
 
-COMMANDS = ("list", "start", "check", "hint", "show", "play", "train", "mistakes", "watch", "map")
+COMMANDS = ("list", "start", "check", "hint", "show", "play", "train", "mistakes", "cost", "watch", "map")
 
 
 def listing(folder):
@@ -56,8 +57,8 @@ def main():
         importlib.import_module("study.paper").paper_map("--write" in names, "--check" in names)
     elif command in ("play", "train"):
         with_mine(folder, "train" if command == "train" else "sample", names)
-    elif command == "watch":
-        importlib.import_module("study.watch").watch(names)
+    elif command in ("watch", "cost"):
+        getattr(importlib.import_module(f"study.{command}"), command)(names)
     elif command == "mistakes":
         sys.exit(importlib.import_module("study.mistakes").plant_all(names))
     elif command == "check":

@@ -54,13 +54,20 @@ def planted(mistake, root):
     return path, "".join(lines[:first]) + body.replace(mistake.old, mistake.new) + "".join(lines[last:])
 
 
+def copy_with(mistake, folder):
+    """A copy of the repository inside `folder`, with the mistake in it if there is one -> where it is."""
+    root = Path(folder).resolve() / "repository"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "my", "runs", "cache"))
+    if mistake:
+        path, text = planted(mistake, root)
+        path.write_text(text, encoding="utf-8")
+    return root
+
+
 def try_one(mistake, inside):
     """Plant a mistake in a copy and run its function's claims -> (the first that fails, or None; is it a reference)."""
     with tempfile.TemporaryDirectory(dir=inside) as folder:
-        root = Path(folder).resolve() / "repository"
-        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "my", "runs", "cache"))
-        path, text = planted(mistake, root)
-        path.write_text(text, encoding="utf-8")
+        root = copy_with(mistake, folder)
         for name, module in list(sys.modules.items()):
             if is_ours(getattr(module, "__file__", "")):
                 del sys.modules[name]

@@ -78,14 +78,18 @@ def deviations(found):
     return "\n".join(textwrap.fill(line, 140, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
+def replaced(text, name, block):
+    """A page with its block `name` made new."""
+    text, n = re.subn(rf"(<!-- {name}: .*?-->\n).*?(\n<!-- end -->)", lambda match: match[1] + block + match[2], text,
+                      flags=re.DOTALL)
+    if n != 1:
+        raise ValueError(f"README.md: wants one block <!-- {name}: ... --> to <!-- end -->")
+    return text
+
+
 def written(text, found):
     """The README with its two blocks made new."""
-    for name, block in (("paper map", table(found)), ("deviations", deviations(found))):
-        text, n = re.subn(rf"(<!-- {name}: .*?-->\n).*?(\n<!-- end -->)",
-                          lambda match, block=block: match[1] + block + match[2], text, flags=re.DOTALL)
-        if n != 1:
-            raise ValueError(f"README.md: wants one block <!-- {name}: ... --> to <!-- end -->")
-    return text
+    return replaced(replaced(text, "paper map", table(found)), "deviations", deviations(found))
 
 
 def paper_map(write=False, check=False):

@@ -3,6 +3,7 @@
 Read in the order of study/README.md. That every mistake is caught takes minutes: `make mistakes`.
 """
 
+import ast
 import base64
 import io
 import json
@@ -19,9 +20,9 @@ import torch
 import masking
 import train
 from encodec_wrap import load_codec
-from sample import SamplingConfig
+from sample import SamplingConfig, generate
 from study import ROOT, check, exercises, mine, mistakes, paper, watch
-from study.code import functions
+from study.paper import Function, functions
 
 PROMPT = "a slow deep flute </script>"
 SPAN_MASK = """
@@ -42,7 +43,7 @@ WRONG = {  # a wrong end of it: the words of the first claim that fails
 
 @pytest.fixture
 def my(tmp_path):
-    """A folder for functions of mine: my(name, source) -> the folder. What is planted from it is undone."""
+    """my(name, source) -> a folder for functions of mine, with this one in it."""
     folder = tmp_path / "my own functions"
 
     def write(name, source):
@@ -53,9 +54,21 @@ def my(tmp_path):
     return write
 
 
+@pytest.fixture
+def put_in_place(my):
+    """put_in_place(name, source) -> the folder; mine is in place of ours until the test ends."""
+    undo = []
+
+    def put(name, source):
+        undo.append(mine.plant(my(name, source)))
+        return my(name, source)
+
+    yield put
+    undo.pop()()
+
+
 def first_failure(name, folder=None):
-    exercise = exercises.BOOK[name]
-    return next(filter(None, check.run_examples(exercise.function, exercise.examples, folder)), None)
+    return next(filter(None, check.run_examples(exercises.BOOK[name].function, folder)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- paper map
@@ -70,7 +83,7 @@ def test_paper_map_is_complete_and_the_readme_is_as_it_writes_it():
 
 def test_paper_map_names_a_tag_that_is_no_part_of_the_paper_and_a_tagged_function_without_a_test():
     found = {name: function for name, function in functions().items() if name == "masking.span_mask"}
-    odd = type(found["masking.span_mask"])("masking", "f", found["masking.span_mask"].node, "[Eq. 99] Nothing.")
+    odd = Function("masking", "f", ast.parse("def f():\n    '[Eq. 99] Nothing.'").body[0])
     lines = "\n".join(paper.faults(found | {"masking.f": odd}))
     assert "masking.f: its docstring's [Eq. 99] is no part of the paper" in lines
     assert "masking.f: has the tag [Eq. 99] and no test" in lines and "masking.span_mask" not in lines
@@ -102,67 +115,50 @@ def test_there_are_20_to_30_exercises_with_three_claims_and_three_hints_each():
 @pytest.mark.parametrize("name", exercises.EXERCISES)
 def test_start_writes_the_signature_and_an_example_but_no_solution_and_never_overwrites(name, tmp_path):
     exercise = exercises.EXERCISES[name]
-    exercises.start(name, tmp_path)
+    exercises.start([name], tmp_path)
     text = (tmp_path / f"{name}.py").read_text()
     assert ">>>" in text and "is yours to write" in text and exercises.state(exercise, tmp_path) == "begun"
     compile(text, name, "exec")
     solution = exercises.source(exercise.function).splitlines()[-1].strip()
     assert solution not in [line.strip() for line in text.splitlines()], "a line of ours is given away"
     with pytest.raises(ValueError, match="is there already"):
-        exercises.start(name, tmp_path)
+        exercises.start([name], tmp_path)
     assert (tmp_path / f"{name}.py").read_text() == text
 
 
 def test_hint_gives_one_more_each_time(tmp_path, capsys):
     for number in (1, 2, 3, 3):
-        exercises.hint("span_mask", tmp_path)
+        exercises.hint(["span_mask"], tmp_path)
         assert f"Hint {number} of 3" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------- mine in place of ours
 
-def test_plant_puts_mine_everywhere_it_is_used_and_restore_takes_it_away(my):
-    ours = masking.span_mask
-    restore = mine.plant(my("span_mask", SPAN_MASK.format("return starts")))
+def test_plant_puts_mine_everywhere_it_is_used_and_takes_it_away_without_a_trace(my):
+    ours, folder = masking.span_mask, my("span_mask", SPAN_MASK.format("return starts"))
+    restore = mine.plant(my("masked_cross_entropy", "def masked_cross_entropy(*args): return 7"))
     try:
         assert masking.span_mask is train.span_mask and masking.span_mask is not ours
         hidden = train.draw_hidden(20, 30, 3, torch.Generator().manual_seed(0))
         assert any(".x." in row for row in check.drawn(hidden)), "the training masks are mine"
+        assert train.LOSSES["magnet"]() == 7, "also in a dictionary"
     finally:
         restore()
-    assert masking.span_mask is ours and train.span_mask is ours
-
-
-def test_plant_replaces_what_dictionaries_hold_and_leaves_no_bytecode(my):
-    folder = my("masked_cross_entropy", "def masked_cross_entropy(*args): return 7")
-    restore = mine.plant(folder)
-    try:
-        assert train.LOSSES["magnet"]() == 7
-    finally:
-        restore()
-    assert os.listdir(folder) == ["masked_cross_entropy.py"]
+    assert masking.span_mask is train.span_mask is ours
+    assert sorted(os.listdir(folder)) == ["masked_cross_entropy.py", "span_mask.py"], "no bytecode"
     assert "my/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 @pytest.mark.parametrize("end", WRONG)
-def test_check_tells_three_wrong_span_masks_apart(end, my):
-    folder = my("span_mask", SPAN_MASK.format(end))
-    restore = mine.plant(folder)
-    try:
-        failure = first_failure("span_mask", folder)
-    finally:
-        restore()
+def test_check_tells_three_wrong_span_masks_apart(end, put_in_place):
+    failure = first_failure("span_mask", put_in_place("span_mask", SPAN_MASK.format(end)))
     assert WRONG[end] in failure.claim
     assert all(words in failure.told for words in ("put in", "came out", "expected"))
 
 
-def test_check_shows_the_line_of_mine_that_raises(my):
-    folder = my("nucleus", "def nucleus(probs, top_p, top_k=0):\n    return probs[:, 'x']\n")
-    restore = mine.plant(folder)
-    try:
-        told = first_failure("nucleus", folder).told
-    finally:
-        restore()
+def test_check_shows_the_line_of_mine_that_raises(put_in_place):
+    folder = put_in_place("nucleus", "def nucleus(probs, top_p, top_k=0):\n    return probs[:, 'x']\n")
+    told = first_failure("nucleus", folder).told
     assert "nucleus.py, line 2:  return probs[:, 'x']" in told and "File" not in told
 
 
@@ -198,11 +194,9 @@ def test_there_are_at_least_45_mistakes_each_in_a_function_of_which_claims_speak
     known = mistakes.read_mistakes()
     assert len(known) >= 45
     for mistake in known.values():
-        path, text = mistakes.planted(mistake, ROOT)
-        compile(text, path, "exec")
+        compile(mistakes.planted(mistake), mistake.name, "exec")
         function = functions()[mistake.function]
-        assert text != path.read_text(encoding="utf-8"), mistake.name
-        assert function.tests or exercises.examples_of(function), mistake.name
+        assert mistake.old != mistake.new and (function.tests or exercises.examples_of(function)), mistake.name
 
 
 def test_mistakes_says_which_claim_catches_one_and_refuses_a_name_that_it_does_not_know(tmp_path):
@@ -210,6 +204,12 @@ def test_mistakes_says_which_claim_catches_one_and_refuses_a_name_that_it_does_n
     assert ended.returncode == 0 and "by: Everything is hidden at t = 0" in ended.stdout, ended.stdout + ended.stderr
     assert "1 of 1 mistakes caught" in ended.stdout
     assert study(tmp_path, "mistakes", "no such").stderr.count("there is no mistake 'no such'") == 1
+
+
+def test_cost_compares_a_mistake_with_the_right_code_clip_by_clip():
+    right, wrong = ({"right": {"seen": digits, "unseen": "55"}, "frechet": {"model": 300.4},
+                     "diversity": {"samples of one prompt": 9.96}} for digits in ("54", "34"))
+    assert mistakes.row("m", wrong, right) == "| m | 85.0% | -10.0 (-29.6 to +9.6) | 300 | 10.0 |"
 
 
 # ----------------------------------------------------------------------------------------------------- the decode page
@@ -225,7 +225,8 @@ def page(make_magnet, codec):
     def page(objective="magnet"):
         model, config = make_magnet(objective=objective, card=256), SamplingConfig((4, 2), hybrid_seconds=0.1)
         codes = torch.full((1, 4, 20), model.mask_id)
-        steps = watch.record(model, None, None, codes, config)
+        steps = []
+        generate(model, None, None, codes, config, on_step=lambda **step: steps.append(step))
         return watch.page(steps, config, codec, codes, PROMPT, "tiny", model.mask_id), steps
     return page
 

@@ -12,7 +12,7 @@ from support.cli import say
 
 
 class Exercise(NamedTuple):
-    """name: also of the file in my/; examples: (claim, lines of a doctest); hints: three. In reading order."""
+    """name: also of the file in my/; examples: [claim, a doctest]; hints: three."""
 
     name: str
     function: Function
@@ -24,30 +24,23 @@ class Exercise(NamedTuple):
 def read_book():
     """exercises.md -> {name: Exercise}; those without hints are no exercises, but claims about a function."""
     book, text = {}, (ROOT / "study" / "exercises.md").read_text(encoding="utf-8")
-    for section in re.split(r"^##? ", text, flags=re.MULTILINE):
-        head = re.match(r"(\w+): ([\w.]+)(?: \[(.+)\])?\n", section)
-        if not head:
-            continue
-        claims, hints, function = [], [], functions()[head[2]]
-        for block in section[head.end():].strip("\n").split("\n\n"):
+    section = r"^## (\w+): ([\w.]+)(?: \[([^]]+)\])?\n\n(.*?)\n(?=\n##? |\Z)"
+    for name, function, place, content in re.findall(section, text, re.MULTILINE | re.DOTALL):
+        claims, hints, function = [], [], functions()[function]
+        for block in content.split("\n\n"):
             if block.startswith("    "):
-                claims[-1][1].append(textwrap.dedent(block) + "\n")
+                claims[-1][1] += textwrap.dedent(block) + "\n\n"
             elif block.startswith("1. "):
                 hints += [line[3:] for line in block.splitlines()]
             else:
-                claims.append((block.rstrip(":"), []))
-        examples = [(claim, "\n".join(code)) for claim, code in claims]
-        book[head[1]] = Exercise(head[1], function, function.place or head[3], examples, hints)
+                claims.append([block.rstrip(":"), ""])
+        book[name] = Exercise(name, function, function.place or place, claims, hints)
     return book
 
 
 BOOK = read_book()
 EXERCISES = {name: exercise for name, exercise in BOOK.items() if exercise.hints}
-
-
-def examples_of(function):
-    """The examples about a function, exercise or not."""
-    return next((entry.examples for entry in BOOK.values() if entry.function is function), [])
+EXAMPLES = {str(exercise.function): exercise.examples for exercise in BOOK.values()}
 
 
 def chosen(names):
@@ -77,8 +70,7 @@ def template(exercise):
         docstring = f"{docstring}\n\n{claim}:\n\n{code}".strip()
     head = source(function).splitlines()[
         :function.node.body[0].lineno - function.node.lineno + len(function.node.decorator_list)]
-    lines = [f'"""Exercise {[*EXERCISES].index(exercise.name) + 1} of {len(EXERCISES)}: {exercise.name} '
-             f'[{exercise.place}]. Then: python -m study check {exercise.name}"""', "",
+    lines = [f'"""{exercise.name} [{exercise.place}]; then: python -m study check {exercise.name}"""', "",
              "import math", "import torch", "import torch.nn.functional as F",
              *(f"from {other.module} import {other.name}" for other in found.values()
                if other.name in used and other is not function)]

@@ -1,9 +1,9 @@
 """The paper map: every numbered part of the paper (`paper.md`), the functions that hold it, their tests, or why not.
 
-The source is read with `ast`, nothing is imported. A function's part stands in brackets at the head of its docstring. A
-test speaks of the function with which its name begins, `test_<function>_...`, in the file named after its module, or of
-those that its marker `@pytest.mark.of("function", ...)` names. `python -m study map` prints the map; `--write` writes
-the README's table and its list of deviations, between two comments each; `--check` says what is stale or missing.
+A function's part stands in brackets at the head of its docstring. A test speaks of the function with which its name
+begins, `test_<function>_...`, in the file named after its module, or of those that its marker names,
+`@pytest.mark.of("function", ...)`. `--write` writes the README's table and its list of deviations, `--check` says what
+is stale or missing. Nothing is imported.
 """
 
 import ast
@@ -50,10 +50,6 @@ class Test(NamedTuple):
     is_reference: bool
 
 
-def snake(name):
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
 @lru_cache
 def functions():
     """{"module.name": Function} in the order of the source, with the tests that speak of each."""
@@ -93,11 +89,11 @@ def subjects(found, module, test, marked):
         if missing := [name for name in names if name not in found]:
             raise ValueError(f"{test.id}: its marker names {missing[0]}, which is no function")
         return [found[name] for name in names]
-    known = {}  # of a method name that several classes have, the last class is meant
-    for function in found.values():
-        if function.module == module:
-            known[snake(function.name.replace(".", "_"))] = known[snake(function.node.name)] = function
-    beginnings = accumulate(test.name.split("_")[1:], "{}_{}".format)
+    known = {}  # names without underscores; of a method that several classes have, the last class is meant
+    for function in [function for function in found.values() if function.module == module]:
+        for name in (function.name, function.node.name):
+            known[re.sub(r"[._]", "", name).lower()] = function
+    beginnings = accumulate(test.name.split("_")[1:])
     return [known[name] for name in beginnings if name in known][-1:]
 
 
@@ -128,14 +124,11 @@ def faults(found):
     lines, known = [], parts()
     for part, tagged in by_part(found).items():
         if part not in known:
-            lines += [f"{function}: its docstring's [{part}] is no part of the paper (study/paper.md)"
-                      for function in tagged]
+            lines += [f"{one}: its docstring's [{part}] is no part of the paper (study/paper.md)" for one in tagged]
         elif bool(tagged) == bool(known[part][1]):
             lines.append(f"{part}: study/paper.md says why it is not here if, and only if, no docstring has this tag")
-    return lines + [
-        f"{function}: has the tag [{function.place}] and no test; name one test_{function.name}_... or mark it "
-        f'@pytest.mark.of("{function.name}")'
-        for function in found.values() if function.place and not tests_of([function], found)]
+    return lines + [f"{function}: has the tag [{function.place}] and no test, named or marked as study/paper.py says"
+                    for function in found.values() if function.place and not tests_of([function], found)]
 
 
 def table(found):
@@ -150,11 +143,11 @@ def table(found):
 
 
 def deviations(found):
-    """The README's list: every `Deviation:` of the six modules, to the end of its paragraph or comment, with the
-    function in which it stands."""
+    """The README's list: every `Deviation:` of the six modules, with the function in which it stands."""
     lines = []
     for module in MODULES:
         source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+        # In a comment it goes to the end of the line, else to that of the paragraph.
         for match in re.finditer(r'(#[^\n]*)?Deviation:((?(1)[^\n]*|.*?(?=\n\s*\n|""")))', source, re.DOTALL):
             number = source.count("\n", 0, match.start(2)) + 1
             inside = [f for f in found.values() if f.module == module and f.node.lineno <= number <= f.node.end_lineno]
@@ -167,7 +160,7 @@ def replaced(text, name, block):
     text, n = re.subn(rf"(<!-- {name}: .*?-->\n).*?(\n<!-- end -->)", lambda match: match[1] + block + match[2], text,
                       flags=re.DOTALL)
     if n != 1:
-        raise ValueError(f"README.md: wants one block <!-- {name}: ... --> to <!-- end -->")
+        raise ValueError(f"the page wants one block <!-- {name}: ... --> to <!-- end -->")
     return text
 
 

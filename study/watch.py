@@ -41,11 +41,10 @@ def told(step, config, K, T):
 
 
 def candidate(step, K):
-    """The codes of a step that can be heard: (1, codebooks, frames), without a mask token; or None."""
-    if "position" not in step:
+    """The codes of a step that can be heard: (1, codebooks, frames), without a mask token."""
+    if "stage" in step:
         return step["codes"][:, :step["stage"] + 1]  # later codebooks are still hidden
-    n_frames = step["position"] - K + 1  # of which all codebooks are written
-    return step["codes"][:, :, :n_frames] if n_frames > 0 else None
+    return step["codes"][:, :, :max(step["position"] - K + 1, 0)]  # the frames of which all codebooks are written
 
 
 def ogg(wav, sample_rate):
@@ -60,7 +59,7 @@ def ogg(wav, sample_rate):
 def sounds(steps, codec, K):
     """{step: its sound}, and for each step the number of the one whose sound stands for it: all of them, or as many of
     them, evenly spaced back from the last, as fit."""
-    heard, wanted = {}, [i for i, step in enumerate(steps) if candidate(step, K) is not None]
+    heard, wanted = {}, [i for i, step in enumerate(steps) if candidate(step, K).numel()]
     for i in wanted[::-1][::math.ceil(len(wanted) / 60)][::-1]:  # from left to right there are many alike
         heard[i] = ogg(codec.decode(candidate(steps[i], K).clamp(max=codec.codebook_size - 1))[0, 0], codec.sample_rate)
     while sum(map(len, heard.values())) > SOUND_BYTES:

@@ -12,7 +12,6 @@ import importlib
 import inspect
 import io
 import linecache
-import math
 import sys
 import textwrap
 import traceback
@@ -56,12 +55,12 @@ def lines_of_mine(error, folder):
 
 
 def stopped(error, folder):
-    """An exception in words: the line of mine where it arose, or where ours stopped on what mine gave."""
-    frames, mine = traceback.extract_tb(error.__traceback__), lines_of_mine(error, folder)
-    where = (mine or [frame for frame in frames if is_ours(frame.filename)] or frames)[-1]
-    return block("your line" if mine else "stopped in",
-                 f"{Path(where.filename).name}, line {where.lineno}:  {linecache.getline(*where[:2]).strip()}\n"
-                 f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}")
+    """An exception in words: the line of mine where it arose, or where ours, or an example, stopped on it."""
+    mine, words = lines_of_mine(error, folder), f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}"
+    ours = [at for at in traceback.extract_tb(error.__traceback__) if is_ours(at.filename) and at.filename != __file__]
+    for at in (mine or ours)[-1:]:
+        words = f"{Path(at.filename).name}, line {at.lineno}:  {linecache.getline(*at[:2]).strip()}\n{words}"
+    return block("your line" if mine else "stopped in" if ours else "stopped by", words)
 
 
 def keep(value):
@@ -85,8 +84,7 @@ def run_examples(function, folder=None):
     """[Failure or None] for a function's examples; a later one may go on with the names of an earlier one."""
     modules = [importlib.import_module(module) for module in (*MODULES, function.module)]
     names = {name: value for module in modules for name, value in vars(module).items()}
-    names |= {"drawn": drawn, "torch": torch, "F": torch.nn.functional, "math": math}
-    results = []
+    names, results = names | {"drawn": drawn}, []
     for claim, code in EXAMPLES.get(str(function), ()):
         put, told = "", None
         for example in doctest.DocTestParser().get_examples(code):
@@ -136,12 +134,11 @@ class Observer:
             except Exception:
                 continue  # what it was given lives no more, such as a model that a hook has changed
 
-    def pytest_runtest_setup(self, item):
-        self.calls.clear()
-
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = (yield).get_result()
+        if report.when == "setup":
+            self.calls.clear()
         name = f"tests/{item.path.name}::{item.originalname}"
         if report.failed and not self.results.get(name):
             test, case = self.tests[name], getattr(item, "callspec", None)

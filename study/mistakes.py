@@ -1,9 +1,8 @@
 """The classic mistakes of `mistakes.md`, one change each: which claim catches it, and what it costs.
 
-`python -m study mistakes` plants each in a process of its own and runs the claims about the function in which it
-stands: its examples first, then its tests, to the first that fails. `python -m study cost` lets the toy model play with
-it, with the flags of toy/evaluate.py. Results are kept in runs/cost and not measured again, so a command that was
-stopped goes on where it was; the table of study/README.md has what there is.
+`python -m study mistakes` plants each in a process of its own and runs the claims about its function, to the first that
+fails. `python -m study cost` lets the toy model play with it, with the flags of toy/evaluate.py. It keeps each result
+in runs/cost, so that it can be stopped and go on; the table of study/README.md has what there is.
 """
 
 import json

@@ -2,8 +2,7 @@
 
 A function's part stands in brackets at the head of its docstring. A test speaks of the function with which its name
 begins, `test_<function>_...`, in the file named after its module, or of those that its marker names,
-`@pytest.mark.of("function", ...)`. `--write` writes the README's table and its list of deviations, `--check` says what
-is stale or missing. Nothing is imported.
+`@pytest.mark.of("function", ...)`. `--write` writes the README's two blocks, `--check` says what is stale or missing.
 """
 
 import ast
@@ -143,11 +142,10 @@ def table(found):
 
 
 def deviations(found):
-    """The README's list: every `Deviation:` of the six modules, with the function in which it stands."""
+    """The README's list: every `Deviation:` of the six modules, to the end of its line or paragraph, with its place."""
     lines = []
     for module in MODULES:
         source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
-        # In a comment it goes to the end of the line, else to that of the paragraph.
         for match in re.finditer(r'(#[^\n]*)?Deviation:((?(1)[^\n]*|.*?(?=\n\s*\n|""")))', source, re.DOTALL):
             number = source.count("\n", 0, match.start(2)) + 1
             inside = [f for f in found.values() if f.module == module and f.node.lineno <= number <= f.node.end_lineno]

@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import math
-from dataclasses import fields
 from pathlib import Path
 
 import soundfile
@@ -72,7 +71,7 @@ def page(steps, config, codec, codes, prompt, title, mask_id):
     """The whole page as text."""
     K, T = codes.shape[1:]
     audio, stands = sounds(steps, codec, K)
-    differs = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    differs = {name: value for name, value in vars(config).items() if value != getattr(sample.SamplingConfig, name)}
     data = {"prompt": prompt, "title": title, "settings": differs, "K": K, "T": T, "frame_rate": codec.frame_rate,
             "given": "".join("x" if x else "." for x in (codes[0, 0] != mask_id).tolist()),
             "steps": [told(step, config, K, T) for step in steps], "audio": audio, "stands": stands}

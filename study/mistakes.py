@@ -109,7 +109,7 @@ def evaluate(mistake, flags):
 
 
 def measure(name, flags):
-    """What toy/evaluate.py says of the code with one mistake in it."""
+    """Let toy/evaluate.py measure the code with one mistake in it, unless it has done so."""
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         more = ["--json", f"{path}.new", *flags, *["--seed", "1000"] * (name == AGAIN)]
@@ -117,7 +117,6 @@ def measure(name, flags):
         process.start()
         process.join()
         os.replace(f"{path}.new", path)
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def row(name, result, right):
@@ -131,17 +130,18 @@ def row(name, result, right):
 
 
 def cost(flags, folder=None):
-    """Measure what is not measured yet, and write the table."""
+    """Measure what is not measured yet; after each, write the table of all that is."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     page = ROOT / "study" / "README.md"
-    decoding = [name for name, mistake in read_mistakes().items() if re.match(DECODING, mistake.function)]
-    rows = ["| mistake | attributes as asked | difference, in points (95%) | Frechet distance | diversity |",
-            "|---|---|---|---|---|"]
-    for name in (RIGHT, *decoding, AGAIN):
-        result, right = measure(name, flags), measure(RIGHT, flags)
-        if any(result[key] != right[key] for key in ("sampling", "n_prompts")):
-            raise ValueError(f"{FOLDER / name}.json was measured with other flags: give them again, or remove it")
-        rows.append(row(name, result, right))
-        say(rows[-1])
+    names = [RIGHT, *(name for name, mistake in read_mistakes().items() if re.match(DECODING, mistake.function)), AGAIN]
+    for name in names:
+        measure(name, flags)
+        paths = {name: FOLDER / f"{name}.json" for name in names}
+        results = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.is_file()}
+        if any(result[key] != results[RIGHT][key] for result in results.values() for key in ("sampling", "n_prompts")):
+            raise ValueError(f"{FOLDER} has results of other flags, too: give the same again, or remove it")
+        rows = ["| code | attributes as asked | difference, in points (95%) | Frechet distance | diversity |",
+                "|---|---|---|---|---|", *(row(name, result, results[RIGHT]) for name, result in results.items())]
         text = replaced(page.read_text(encoding="utf-8"), "cost", "\n".join(rows))
         page.write_text(text, encoding="utf-8", newline="\n")
+        say(f"{name}: measured")

@@ -87,7 +87,7 @@ def test_functions_know_their_tests_by_name_or_by_the_marker_of():
     assert any(not name.startswith("test_decode_stage_") for name in tests["sample.decode_stage"]), "by its marker"
 
 
-# ----------------------------------------------------------------------------------------------------------- exercises
+# ------------------------------------------------------------------------------- exercises, mine in place of ours
 
 @pytest.mark.parametrize("name", exercises.BOOK)
 def test_an_exercises_examples_hold_for_ours(name):
@@ -120,8 +120,6 @@ def test_hint_gives_one_more_each_time(tmp_path, capsys):
         assert f"Hint {number} of 3" in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------------- mine in place of ours
-
 def test_plant_puts_mine_everywhere_it_is_used_and_takes_it_away_without_a_trace(my):
     ours, folder = masking.span_mask, my("span_mask", SPAN_MASK.format("return starts"))
     restore = mine.plant(my("masked_cross_entropy", "def masked_cross_entropy(*args): return 7"))
@@ -134,7 +132,6 @@ def test_plant_puts_mine_everywhere_it_is_used_and_takes_it_away_without_a_trace
         restore()
     assert masking.span_mask is train.span_mask is ours
     assert sorted(os.listdir(folder)) == ["masked_cross_entropy.py", "span_mask.py"], "no bytecode"
-    assert "my/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 @pytest.mark.parametrize("end", WRONG)

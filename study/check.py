@@ -12,23 +12,21 @@ import importlib
 import inspect
 import io
 import linecache
-import math
-import os
 import sys
 import textwrap
 import traceback
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from study import MODULES, ROOT, is_ours
-from study.exercises import find, progress
+from study.exercises import EXAMPLES, chosen, progress
 from study.mine import begun, plant
+from support.cli import say
 
 sys.dont_write_bytecode = True
-RANDOM = ("span_mask",)  # what differs from ours for one input may be right all the same
 
 
 def drawn(mask):
@@ -38,15 +36,12 @@ def drawn(mask):
 
 def draw(value):
     """A value as a docstring would draw it, in a few lines."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() <= 200 and value.dtype == torch.bool and value.dim() == 2:
-            return "\n".join(drawn(value))
-        has_range = value.numel() and value.dtype != torch.bool and value.isfinite().all()
-        span = f", from {value.min().item():.4g} to {value.max().item():.4g}" if has_range else ""
-        return str(value) if value.numel() <= 200 else f"{value.dtype} {tuple(value.shape)}{span}"
-    if callable(value) or isinstance(value, torch.Generator | list) and len(str(value)) > 100:
-        return f"a {type(value).__name__}"
-    return textwrap.shorten(str(value), 300)
+    if not isinstance(value, torch.Tensor):
+        return textwrap.shorten(str(value), 300)
+    if value.numel() > 200:
+        low, high = value.float().aminmax()
+        return f"{value.dtype} {tuple(value.shape)}, from {low:.4g} to {high:.4g}"
+    return "\n".join(drawn(value)) if value.dtype == torch.bool and value.dim() == 2 else str(value)
 
 
 def block(label, text):
@@ -54,84 +49,43 @@ def block(label, text):
     return textwrap.indent(text, " " * 16).replace(" " * 16, f"    {label:12}", 1)
 
 
-def my_line(error, folder):
-    """An exception in words: the line of mine where it arose, or where ours stopped on what mine gave."""
-    frames = traceback.extract_tb(error.__traceback__)
-    mine = [frame for frame in frames if folder and Path(frame.filename).parent == Path(folder)]
-    where = (mine or [frame for frame in frames if is_ours(frame.filename)] or frames)[-1]
-    return block("your line" if mine else "stopped in",
-                 f"{Path(where.filename).name}, line {where.lineno}:  {linecache.getline(*where[:2]).strip()}\n"
-                 f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}")
+def lines_of_mine(error, folder):
+    """The places in files of mine through which an exception went."""
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == folder]
+
+
+def stopped(error, folder):
+    """An exception in words: the line of mine where it arose, or where ours, or an example, stopped on it."""
+    mine, words = lines_of_mine(error, folder), f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}"
+    ours = [at for at in traceback.extract_tb(error.__traceback__) if is_ours(at.filename) and at.filename != __file__]
+    for at in (mine or ours)[-1:]:
+        words = f"{Path(at.filename).name}, line {at.lineno}:  {linecache.getline(*at[:2]).strip()}\n{words}"
+    return block("your line" if mine else "stopped in" if ours else "stopped by", words)
 
 
 def keep(value):
-    """A copy that later changes do not reach; modules and functions stay what they are."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, torch.Generator):
-        return torch.Generator().set_state(value.get_state())
+    """A copy that later changes do not reach; networks and functions stay what they are."""
+    if isinstance(value, torch.nn.Module):
+        return value
     try:
-        return copy.deepcopy(value) if isinstance(value, list | tuple | dict) else value
+        return copy.deepcopy(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, RuntimeError):
         return value
 
 
-@dataclass
-class Recorder:
-    """Wraps mine so that its last 100 calls are kept: (arguments, what came out, what it raised)."""
-
-    ours: object = None
-    calls: list = field(default_factory=list)
-
-    def wrap(self, mine, ours):
-        self.ours = ours
-
-        @functools.wraps(mine)
-        def recorded(*args, **more):
-            try:
-                bound = inspect.signature(ours).bind(*args, **more).arguments
-            except TypeError:
-                bound = {}  # ours does not take these arguments: nothing to compare
-            call = [{name: keep(value) for name, value in bound.items()}, None, None]
-            self.calls = self.calls[-99:] + [call]
-            try:
-                result = mine(*args, **more)
-            except Exception as error:
-                call[2] = error
-                raise
-            call[1] = keep(result)
-            return result
-
-        return recorded
-
-    def first_difference(self):
-        """(arguments, what came out, what ours gives) of the first call where these differ, or None."""
-        for arguments, out, _ in self.calls if self.ours and self.ours.__name__ not in RANDOM else ():
-            try:
-                wanted = self.ours(**{name: keep(value) for name, value in arguments.items()})
-                torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-4, equal_nan=True)
-            except AssertionError:
-                return arguments, out, wanted
-            except Exception:
-                continue  # what it was given lives no more, such as a model that a hook has changed
-
-
-@dataclass
-class Failure:
+class Failure(NamedTuple):
     """A claim that does not hold: its words, and the lines that explain it."""
 
     claim: str
     told: str
-    is_reference: bool = False
 
 
-def run_examples(function, examples, folder=None):
-    """[Failure or None] for examples; a later one may go on with the names of an earlier one."""
-    names, results = {}, []
-    for module in (*MODULES, function.module):
-        names |= vars(importlib.import_module(module))
-    names |= {"drawn": drawn, "torch": torch, "F": torch.nn.functional, "math": math}
-    for claim, code in examples:
+def run_examples(function, folder=None):
+    """[Failure or None] for a function's examples; a later one may go on with the names of an earlier one."""
+    modules = [importlib.import_module(module) for module in (*MODULES, function.module)]
+    names = {name: value for module in modules for name, value in vars(module).items()}
+    names, results = names | {"drawn": drawn}, []
+    for claim, code in EXAMPLES.get(str(function), ()):
         put, told = "", None
         for example in doctest.DocTestParser().get_examples(code):
             put, out = put + example.source, io.StringIO()
@@ -139,7 +93,7 @@ def run_examples(function, examples, folder=None):
                 with contextlib.redirect_stdout(out):
                     exec(compile(example.source, "<example>", "single"), names)
             except Exception as error:
-                told = my_line(error, folder)
+                told = stopped(error, folder)
                 break
             if not doctest.OutputChecker().check_output(example.want, out.getvalue(), doctest.NORMALIZE_WHITESPACE):
                 told = block("came out", out.getvalue().rstrip()) + "\n" + block("expected", example.want.rstrip())
@@ -148,40 +102,61 @@ def run_examples(function, examples, folder=None):
     return results
 
 
-class Collector:
-    """A pytest plugin: which tests hold, and why the others do not, by the calls of mine in them."""
+class Observer:
+    """Sees the last 100 calls of mine, and, as a plugin of pytest, which tests hold: {id: Failure or None}."""
 
-    def __init__(self, recorder, folder, function, tests):
-        self.recorder, self.folder, self.name, self.tests = recorder, folder, function.node.name, tests
-        self.results, self.broken = {}, None
+    def __init__(self, function, folder=None):
+        self.name, self.folder, self.ours, self.calls, self.results = function.node.name, folder, None, [], {}
+        self.tests = {test.id: test for test in sorted(function.tests, key=lambda test: test.is_reference)}
 
-    def pytest_runtest_setup(self, item):
-        self.recorder.calls.clear()
+    def wrap(self, mine, ours):
+        """Mine, with every call kept: what it was given, what came out."""
+        self.ours = ours
+
+        @functools.wraps(mine)
+        def recorded(*args, **named):
+            given = [keep(x) for x in args], {name: keep(x) for name, x in named.items()}
+            result = mine(*args, **named)
+            self.calls = [*self.calls[-99:], (given, keep(result))]
+            return result
+
+        return recorded
+
+    def first_difference(self):
+        """(arguments by name, what came out, what ours gives) of the first call where these differ, or None."""
+        for (args, named), out in self.calls if self.name != "span_mask" else ():  # its random numbers may differ
+            try:
+                arguments = inspect.signature(self.ours).bind(*args, **named).arguments
+                wanted = self.ours(**{name: keep(x) for name, x in arguments.items()})
+                torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-4, equal_nan=True)
+            except AssertionError:
+                return arguments, out, wanted
+            except Exception:
+                continue  # what it was given lives no more, such as a model that a hook has changed
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = (yield).get_result()
+        if report.when == "setup":
+            self.calls.clear()
         name = f"tests/{item.path.name}::{item.originalname}"
         if report.failed and not self.results.get(name):
             test, case = self.tests[name], getattr(item, "callspec", None)
-            claim = test.name.removeprefix("test_").replace(self.name, "\0").replace("_", " ").replace("\0", self.name)
-            self.results[name] = Failure(claim + (f"  [{case.id}]" if case else ""),
-                                         self.tell(call.excinfo.value, test), test.is_reference)
+            claim = self.name.join(text.replace("_", " ") for text in test.name[len("test_"):].split(self.name))
+            told = self.tell(call.excinfo.value, test)
+            self.results[name] = Failure(claim + (f"  [{case.id}]" if case else ""), told)
         elif report.passed and report.when == "call":
             self.results.setdefault(name, None)
-
-    def pytest_collectreport(self, report):
-        self.broken = self.broken or (str(report.longrepr) if report.failed else None)
 
     def tell(self, error, test):
         """Why a test fails: an exception by its line; else the call that shows it, and what the test says."""
         lines = [block("", textwrap.fill(" ".join(test.docstring.split()), 96))] if test.docstring else []
         if test.is_reference:
             lines.append(block("", "(a reference: numbers that another program computed)"))
-        if not isinstance(error, AssertionError) or any(raised is error for _, _, raised in self.recorder.calls):
-            return "\n".join([*lines, my_line(error, self.folder)])
+        if not isinstance(error, AssertionError) or lines_of_mine(error, self.folder):
+            return "\n".join([*lines, stopped(error, self.folder)])
         message, is_said, _ = str(error).partition("\nassert ")
-        if found := self.recorder.first_difference():
+        if found := self.first_difference():
             arguments, out, wanted = found
             put = [f"{name} = " + draw(value).replace("\n", "\n" + " " * (len(name) + 3))
                    for name, value in arguments.items()]
@@ -193,45 +168,34 @@ class Collector:
         return "\n".join(lines)
 
 
-def run_claims(function, examples, recorder=None, folder=None, stop=False):
+def run_claims(function, observer=None, stop=False):
     """Run the claims about a function -> [Failure or None]; with `stop`, to the first that fails."""
-    results = run_examples(function, examples, folder)
-    if not function.tests or stop and any(results):
+    observer = observer or Observer(function)
+    results = run_examples(function, observer.folder)
+    if not observer.tests or stop and any(results):
         return results
-    tests = {test.id: test for test in sorted(function.tests, key=lambda test: test.is_reference)}
-    collector, here = Collector(recorder or Recorder(), folder, function, tests), os.getcwd()
-    os.chdir(ROOT)
-    try:
-        code = pytest.main([*tests, "-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts=", "--rootdir",
-                            str(ROOT), "-c", str(ROOT / "pyproject.toml"), *["-x"] * stop], [collector])
-    finally:
-        os.chdir(here)
-    if code == 2 and not collector.broken:
-        raise KeyboardInterrupt
+    flags = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts=", "-c", str(ROOT / "pyproject.toml")]
+    code = pytest.main([*(f"{ROOT}/{test}" for test in observer.tests), *flags, *["-x"] * stop], [observer])
     if code > 1:
-        raise ValueError(f"the tests could not be run: {str(collector.broken)[-400:]}")
-    return results + [collector.results[name] for name in tests if name in collector.results]
+        raise ValueError("the tests were stopped, or cannot be run: python -m pytest --mine my tests says why")
+    return results + [observer.results[test] for test in observer.tests if test in observer.results]
 
 
-def check(exercise, folder):
-    """Run an exercise's claims with mine in place of ours, print the first that fails, keep how many hold -> done?"""
-    recorder, text = Recorder(), (Path(folder) / f"{exercise.name}.py").read_text(encoding="utf-8")
-    restore = plant(folder, [exercise], recorder.wrap)
-    try:
-        results = run_claims(exercise.function, exercise.examples, recorder, Path(folder))
-    finally:
-        restore()
-    failures = [failure for failure in results if failure]
-    held = len(results) - len(failures)
-    progress(folder, exercise.name, held=held, of=len(results), text=text)
-    print(f"{exercise.name}: {held} of {len(results)} claims hold" + (
-        f"; the first that does not:\n\n  {failures[0].claim}\n\n{failures[0].told}\n" if failures else "."))
-    return not failures
-
-
-def check_all(names, folder):
-    """Check the exercises named, or all that are begun."""
-    chosen = [find(name) for name in names] or begun(folder)
-    if not chosen:
+def check(names, folder):
+    """Run the claims of exercises, or of all that are begun; print the first that fails of each -> exit code."""
+    exercises, failed = chosen(names) if names else begun(folder), 0
+    if not exercises:
         raise ValueError(f"nothing is begun in {folder}: python -m study start cosine_schedule")
-    return all([check(exercise, folder) for exercise in chosen])
+    for exercise in exercises:
+        observer, text = Observer(exercise.function, folder), (folder / f"{exercise.name}.py").read_text("utf-8")
+        restore = plant(folder, [exercise], observer.wrap)
+        try:
+            results = run_claims(exercise.function, observer)
+        finally:
+            restore()
+        failures = [failure for failure in results if failure]
+        held, failed = len(results) - len(failures), failed + len(failures)
+        progress(folder, exercise.name, held=held, of=len(results), text=text)
+        say(f"{exercise.name}: {held} of {len(results)} claims hold" + (
+            f"; the first that does not:\n\n  {failures[0].claim}\n\n{failures[0].told}\n" if failures else "."))
+    return min(failed, 1)

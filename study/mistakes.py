@@ -1,24 +1,30 @@
-"""The classic mistakes of `mistakes.md`: one change each, which the claims about its function must catch.
+"""The classic mistakes of `mistakes.md`, one change each: which claim catches it, and what it costs.
 
-`python -m study mistakes` plants each in a copy of the repository, in a temporary folder, and runs the claims about the
-function in which it stands: its examples first, then its tests, to the first that fails.
+`python -m study mistakes` plants each in a process of its own and runs the claims about its function, to the first that
+fails. `python -m study cost` lets the toy model play with it, with the flags of toy/evaluate.py. It keeps each result
+in runs/cost, so that it can be stopped and go on; the table of study/README.md has what there is.
 """
 
+import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
+import statistics
 import sys
-import tempfile
 import time
-from functools import partial
-from pathlib import Path
+import types
 from typing import NamedTuple
 
-from study import ROOT, is_ours
-from study.code import functions
+import torch
+
+from study import ROOT
+from study.paper import functions, replaced
 from support.cli import say
+
+RIGHT, AGAIN, FOLDER = "the right code", "the right code, other random numbers", ROOT / "runs" / "cost"
+DECODING = r"sample\.(?!rescored|decode_autoreg)|model\.MAGNeT\.forward|masking\.(cosine_schedule|mask_codes)"
+FORK = multiprocessing.get_context("fork")
 
 
 class Mistake(NamedTuple):
@@ -41,37 +47,33 @@ def read_mistakes():
     return found
 
 
-def planted(mistake, root):
-    """The text of the file with the mistake in it. ValueError if the line it changes is not there, or not once."""
-    function = functions(root)[mistake.function]
-    path = root / f"{function.module}.py"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+def planted(mistake):
+    """The text of the module with the mistake in it. ValueError if what it changes is not in the function once."""
+    function = functions()[mistake.function]
+    lines = (ROOT / f"{function.module}.py").read_text(encoding="utf-8").splitlines(keepends=True)
     first, last = function.node.body[bool(function.docstring)].lineno - 1, function.node.end_lineno
     body = "".join(lines[first:last])
     if body.count(mistake.old) != 1:
         raise ValueError(f"mistake {mistake.name!r}: {mistake.old!r} stands {body.count(mistake.old)} times in "
                          f"{mistake.function}; it must stand there once")
-    return path, "".join(lines[:first]) + body.replace(mistake.old, mistake.new) + "".join(lines[last:])
+    return "".join([*lines[:first], body.replace(mistake.old, mistake.new), *lines[last:]])
 
 
-def try_one(mistake, inside):
-    """Plant a mistake in a copy and run its function's claims -> (the first that fails, or None; is it a reference)."""
-    with tempfile.TemporaryDirectory(dir=inside) as folder:
-        root = Path(folder).resolve() / "repository"
-        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "my", "runs", "cache"))
-        path, text = planted(mistake, root)
-        path.write_text(text, encoding="utf-8")
-        for name, module in list(sys.modules.items()):
-            if is_ours(getattr(module, "__file__", "")):
-                del sys.modules[name]
-        sys.path[:] = [str(root), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
-        os.chdir(root)
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        from study import check, code, exercises  # those of the copy
-        function = code.functions()[mistake.function]
-        results = check.run_claims(function, exercises.examples_of(function), stop=True)
-        os.chdir(ROOT)
-        return next(((f.claim, f.is_reference) for f in results if f), (None, False))
+def plant(mistake):
+    """Import the module with the mistake in it, before anything else imports it."""
+    name, text = mistake.function.partition(".")[0], planted(mistake)
+    sys.modules[name] = module = types.ModuleType(name)
+    module.__file__ = str(ROOT / f"{name}.py")
+    exec(compile(text, module.__file__, "exec"), vars(module))
+
+
+def first_failure(mistake):
+    """Plant a mistake and run its function's claims -> the first that does not hold, or None."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    plant(mistake)
+    from study.check import run_claims  # which imports the modules
+    failures = filter(None, run_claims(functions()[mistake.function], stop=True))
+    return next((failure.claim for failure in failures), None)
 
 
 def leave_signals():
@@ -80,29 +82,66 @@ def leave_signals():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def plant_all(names, processes=2):
+def mistakes(names, folder=None):
     """Plant the mistakes named, or all, two at a time; print which claim catches each -> exit code."""
-    known = read_mistakes()
+    known, start, caught = read_mistakes(), time.perf_counter(), 0
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no mistake {unknown[0]!r}; study/mistakes.md lists them")
     chosen = [known[name] for name in names or known]
-    kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    import torch
-
-    import train  # noqa: F401  (what is imported before the fork need not be imported by each)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    start, missed, references = time.perf_counter(), [], 0
-    with (tempfile.TemporaryDirectory(prefix="magnet mistakes ") as inside,  # gone also after Ctrl-C
-          multiprocessing.get_context(kind).Pool(processes, leave_signals, maxtasksperchild=1) as pool):
-        results = pool.imap(partial(try_one, inside=inside), chosen, chunksize=1)
-        for mistake, (claim, is_reference) in zip(chosen, results, strict=True):
-            missed += [mistake.name] if claim is None else []
-            references += is_reference
-            say(f"{'caught' if claim else 'NOT CAUGHT'}  {mistake.name} ({mistake.function}): {mistake.idea}"
-                + f"\n        {'by the reference' if is_reference else 'by'}: {claim}" * (claim is not None))
-        pool.close()
-        pool.join()
-    say(f"{len(chosen) - len(missed)} of {len(chosen)} mistakes caught in {time.perf_counter() - start:.0f} s, "
-        f"{references} of them by a reference only")
-    return 1 if missed else 0
+    with FORK.Pool(2, leave_signals, maxtasksperchild=1) as pool:
+        for mistake, claim in zip(chosen, pool.imap(first_failure, chosen), strict=True):
+            caught += claim is not None
+            say(f"{'caught' if claim else 'NOT CAUGHT'}  {mistake.name} ({mistake.function}): {mistake.idea}\n"
+                f"        by: {claim or 'no claim'}")
+    say(f"{caught} of {len(chosen)} mistakes caught in {time.perf_counter() - start:.0f} s")
+    return int(caught < len(chosen))
+
+
+def evaluate(mistake, flags):
+    """Run toy/evaluate.py with the mistake in place, if there is one."""
+    if mistake:
+        plant(mistake)
+    from toy import evaluate
+    sys.argv = ["toy/evaluate.py", "--n", "100", "--swaps", "0", "--samples-only", *flags]
+    evaluate.main()
+
+
+def measure(name, flags):
+    """Let toy/evaluate.py measure the code with one mistake in it, unless it has done so."""
+    path = FOLDER / f"{name}.json"
+    if not path.is_file():
+        more = ["--json", f"{path}.new", *flags, *["--seed", "1000"] * (name == AGAIN)]
+        process = FORK.Process(target=evaluate, args=(read_mistakes().get(name), more))
+        process.start()
+        process.join()
+        os.replace(f"{path}.new", path)
+
+
+def row(name, result, right):
+    """A row of the table; the difference is that of the same clips played by the right code."""
+    shares, wanted = ([int(n) / 5 for part in r["right"].values() for n in part] for r in (result, right))
+    points = [100 * (a - b) for a, b in zip(shares, wanted, strict=True)]
+    mean, reach = statistics.mean(points), 1.96 * statistics.stdev(points) / len(points) ** 0.5
+    difference = f"{mean:+.1f} ({mean - reach:+.1f} to {mean + reach:+.1f})" if name != RIGHT else ""
+    return (f"| {name} | {statistics.mean(shares):.1%} | {difference} | {result['frechet']['model']:.0f} | "
+            f"{result['diversity']['samples of one prompt']:.1f} |")
+
+
+def cost(flags, folder=None):
+    """Measure what is not measured yet; after each, write the table of all that is."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    page = ROOT / "study" / "README.md"
+    names = [RIGHT, *(name for name, mistake in read_mistakes().items() if re.match(DECODING, mistake.function)), AGAIN]
+    for name in names:
+        measure(name, flags)
+        paths = {name: FOLDER / f"{name}.json" for name in names}
+        results = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.is_file()}
+        if any(result[key] != results[RIGHT][key] for result in results.values() for key in ("sampling", "n_prompts")):
+            raise ValueError(f"{FOLDER} has results of other flags, too: give the same again, or remove it")
+        rows = ["| code | attributes as asked | difference, in points (95%) | Frechet distance | diversity |",
+                "|---|---|---|---|---|", *(row(name, result, results[RIGHT]) for name, result in results.items())]
+        text = replaced(page.read_text(encoding="utf-8"), "cost", "\n".join(rows))
+        page.write_text(text, encoding="utf-8", newline="\n")
+        say(f"{name}: measured")

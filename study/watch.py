@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import math
-from dataclasses import fields
 from pathlib import Path
 
 import soundfile
@@ -22,13 +21,6 @@ from support.request import Request, known_codes
 from t5_encoder import T5Encoder
 
 SOUND_BYTES = 2_700_000  # of all sounds together, before they are written as text, which takes a third more
-
-
-def record(model, text, text_mask, codes, config, **more):
-    """Decode the clip `codes` (1, K, T) -> what `on_step` saw, a list of dictionaries."""
-    steps = []
-    sample.generate(model, text, text_mask, codes, config, on_step=lambda **step: steps.append(step), **more)
-    return steps
 
 
 def told(step, config, K, T):
@@ -48,11 +40,10 @@ def told(step, config, K, T):
 
 
 def candidate(step, K):
-    """The codes of a step that can be heard: (1, codebooks, frames), without a mask token; or None."""
-    if "position" not in step:
+    """The codes of a step that can be heard: (1, codebooks, frames), without a mask token."""
+    if "stage" in step:
         return step["codes"][:, :step["stage"] + 1]  # later codebooks are still hidden
-    n_frames = step["position"] - K + 1  # of which all codebooks are written
-    return step["codes"][:, :, :n_frames] if n_frames > 0 else None
+    return step["codes"][:, :, :max(step["position"] - K + 1, 0)]  # the frames of which all codebooks are written
 
 
 def ogg(wav, sample_rate):
@@ -67,10 +58,8 @@ def ogg(wav, sample_rate):
 def sounds(steps, codec, K):
     """{step: its sound}, and for each step the number of the one whose sound stands for it: all of them, or as many of
     them, evenly spaced back from the last, as fit."""
-    heard, wanted = {}, [i for i, step in enumerate(steps) if candidate(step, K) is not None]
-    if "position" in steps[-1]:
-        wanted = wanted[::-1][::math.ceil(len(wanted) / 60)][::-1]  # from left to right there are many alike
-    for i in wanted:
+    heard, wanted = {}, [i for i, step in enumerate(steps) if candidate(step, K).numel()]
+    for i in wanted[::-1][::math.ceil(len(wanted) / 60)][::-1]:  # from left to right there are many alike
         heard[i] = ogg(codec.decode(candidate(steps[i], K).clamp(max=codec.codebook_size - 1))[0, 0], codec.sample_rate)
     while sum(map(len, heard.values())) > SOUND_BYTES:
         heard = {i: heard[i] for i in [*heard][::-1][::2][::-1]}
@@ -82,7 +71,7 @@ def page(steps, config, codec, codes, prompt, title, mask_id):
     """The whole page as text."""
     K, T = codes.shape[1:]
     audio, stands = sounds(steps, codec, K)
-    differs = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    differs = {name: value for name, value in vars(config).items() if value != getattr(sample.SamplingConfig, name)}
     data = {"prompt": prompt, "title": title, "settings": differs, "K": K, "T": T, "frame_rate": codec.frame_rate,
             "given": "".join("x" if x else "." for x in (codes[0, 0] != mask_id).tolist()),
             "steps": [told(step, config, K, T) for step in steps], "audio": audio, "stands": stands}
@@ -90,17 +79,16 @@ def page(steps, config, codec, codes, prompt, title, mask_id):
     return template.replace("/*DATA*/", json.dumps(data).replace("</", "<\\/"))
 
 
-def watch(arguments):
+def watch(arguments, folder=None):
     """The command: decode one prompt and write its page."""
     parser = Parser(prog="python -m study watch", description="One decode as a page for the browser.")
     parser.add_argument("prompt", help='what to play; "" for no condition')
-    add_flags(parser, Request)
-    add_flags(parser, sample.SamplingConfig)
+    parser.set_defaults(out="decode.html")
+    add_flags(parser, Request, sample.SamplingConfig)
     args = parser.parse_args(arguments)
-    request, out = from_flags(args, Request()), Path(getattr(args, "out", "decode.html"))
-    from_flags(args, sample.SamplingConfig())  # faults are told before all loading
-    if out.suffix != ".html":
-        raise ValueError(f"--out {out}: the page's name must end in .html")
+    request = from_flags(args, Request())
+    if Path(request.out).suffix != ".html":
+        raise ValueError(f"--out {request.out}: the page's name must end in .html")
     device = pick_device(request.device)
     model, companions = load_model(request.model, device, pick_dtype(request.dtype, device))
     config = from_flags(args, sample.SamplingConfig(**companions.sampling))
@@ -111,14 +99,13 @@ def watch(arguments):
     codes, _ = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
     if codes.shape[2] > math.ceil(model.config.seconds * codec.frame_rate):
         raise ValueError(f"watch shows one window: at most {model.config.seconds:g} s with this model")
-    sample.check_arguments(model, None, codes, config, rescorer)
-    text, text_mask = encoder.encode_text([args.prompt])
     negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
-    steps = record(model, text, text_mask, codes, config, streams=sample.clip_streams(request.seed, [1]),
-                   negative=negative, rescorer=rescorer, frame_rate=codec.frame_rate)
+    steps = []
+    sample.generate(model, *encoder.encode_text([args.prompt]), codes, config, sample.clip_streams(request.seed, [1]),
+                    negative, rescorer, lambda **step: steps.append(step), codec.frame_rate)
     if not steps:
         raise ValueError("nothing is left to decode: all frames are given")
-    written = page(steps, config, codec, codes, args.prompt, f"{request.model}, seed {request.seed}", model.mask_id)
-    with whole_file(out) as temporary:
-        Path(temporary).write_text(written, encoding="utf-8")
-    say(f"wrote {out}  {args.prompt}  ({len(steps)} steps, {len(written) / 1e6:.1f} MB; open it in a browser)")
+    text = page(steps, config, codec, codes, args.prompt, f"{request.model}, seed {request.seed}", model.mask_id)
+    with whole_file(request.out) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+    say(f"wrote {request.out}  {args.prompt}  ({len(steps)} steps, {len(text) / 1e6:.1f} MB; open it in a browser)")

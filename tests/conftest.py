@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
 
 def paper_tests():
     """What `pytest -m paper` runs: the tests of the functions that have a place in the paper, and of T5's network."""
-    from study.code import functions
+    from study.paper import functions
     whole = ("train.train", "sample.generate", "model.MAGNeT.forward", "encodec_wrap", "from_pretrained", "tokenize")
     return {test.id for name, function in functions().items() for test in function.tests
             if (function.place or function.module == "t5_encoder") and not any(word in name for word in whole)}

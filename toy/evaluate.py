@@ -233,7 +233,7 @@ def print_table(result, place=world):
     print("chance          " + "".join(f"{1 / len(values):>16.1%} " for values in place.ATTRIBUTES.values()))
     for name, case in result.get("swaps", {}).items():
         print(f"one word swapped: {name:32}{case['share']:6.1%}  {case['interval'][0]:.0%}-{case['interval'][1]:.0%}")
-    for name in ("frechet", "diversity", "cross_entropy"):
+    for name in [name for name in ("frechet", "diversity", "cross_entropy") if name in result]:
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in result[name].items()))
     for who, shares in result.get("memorised", {}).items():
         print(f"memorised, {who}: " + ", ".join(f"{name} {value:.3f}" for name, value in shares.items()))
@@ -247,6 +247,7 @@ def main():
     parser.add_argument("--model", default="toy", help="as that of sample.py")
     parser.add_argument("--n", type=int, default=300, help="prompts")
     parser.add_argument("--swaps", type=int, default=100, help="pairs of prompts that differ in one attribute; 0: none")
+    parser.add_argument("--samples-only", action="store_true", help="no floors and no validation loss")
     parser.add_argument("--json", type=Path, help="file to write all numbers to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rescorer", help="a second model that rescores, as that of sample.py")
@@ -257,7 +258,8 @@ def main():
     if args.n < 4:
         raise ValueError(f"--n must be at least 4, not {args.n}")
     config = from_flags(args, SamplingConfig(**load_model(args.model)[1].sampling))
-    result = evaluate(args.model, config, pick_device(args.device), args.n, args.swaps, seed=args.seed,
+    result = evaluate(args.model, config, pick_device(args.device), args.n, args.swaps,
+                      not args.samples_only, not args.samples_only, args.seed,
                       cache=args.cache, rescorer=args.rescorer, data=args.data, judge=args.judge)
     print_table(result, world_of(args.data))
     if args.json:

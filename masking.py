@@ -122,7 +122,7 @@ def causal_attention_mask(n_queries, n_keys):
 
 
 def hybrid_attention_mask(n_positions, n_prompt, stage=0, context=-1):
-    """[App. D, Fig. 7] Who attends to whom in a hybrid's delayed codes: (B, n, n) bool, n = n_positions.
+    """[Sec. 3.5, App. D, Fig. 7] Who attends to whom in a hybrid's delayed codes: (B, n, n) bool, n = n_positions.
 
     n_prompt: frames of the prompt, stage: 0-based codebook; int each, or (B,) long. Every position predicts the code in
     the next one. Those that predict the prompt, 0 to n_prompt - 1, attend causally. The others attend to all; at stages

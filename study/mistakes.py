@@ -136,12 +136,11 @@ def cost(flags, folder=None):
     names = [RIGHT, *(name for name, mistake in read_mistakes().items() if re.match(DECODING, mistake.function)), AGAIN]
     for name in names:
         measure(name, flags)
-        paths = {name: FOLDER / f"{name}.json" for name in names}
-        results = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.is_file()}
+        paths = (FOLDER / f"{name}.json" for name in names)
+        results = {path.stem: json.loads(path.read_text("utf-8")) for path in paths if path.is_file()}
         if any(result[key] != results[RIGHT][key] for result in results.values() for key in ("sampling", "n_prompts")):
             raise ValueError(f"{FOLDER} has results of other flags, too: give the same again, or remove it")
         rows = ["| code | attributes as asked | difference, in points (95%) | Frechet distance | diversity |",
                 "|---|---|---|---|---|", *(row(name, result, results[RIGHT]) for name, result in results.items())]
-        text = replaced(page.read_text(encoding="utf-8"), "cost", "\n".join(rows))
-        page.write_text(text, encoding="utf-8", newline="\n")
+        page.write_text(replaced(page.read_text("utf-8"), "cost", "\n".join(rows)), "utf-8", newline="\n")
         say(f"{name}: measured")

@@ -135,7 +135,8 @@ def table(found):
     rows = ["| paper | function | test |", "|---|---|---|"]
     for part, tagged in by_part(found).items():
         words, reason = parts()[part]
-        tests = sorted(tests_of(tagged, found), key=lambda test: test.is_reference)
+        own = tuple(f"test_{function.node.name.lower()}_" for function in tagged)
+        tests = sorted(tests_of(tagged, found), key=lambda test: (test.is_reference, not test.name.startswith(own)))
         names = ", ".join(f"`{function}`" for function in tagged[:4]) + ", ..." * (len(tagged) > 4)
         rows.append(f"| {part}: {words} | {names or reason} | {f'`{tests[0].name}`' if tests else ''} |")
     return "\n".join(rows)

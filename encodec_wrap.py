@@ -150,8 +150,7 @@ class Codec(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- weights
 
 def load_codec(name_or_path, n_codebooks=None, device="cpu"):
-    """Load a codec in eval mode, without gradients: "toy", "tunes", "encodec_24khz", "facebook/encodec_32khz", or a
-    local one.
+    """Load a codec, frozen: "toy", "tunes", "encodec_24khz", "facebook/encodec_32khz", or a local one.
 
     A local codec is a file written by `Codec.save`, a folder in the layout of Hugging Face (or its weights alone), or
     AudioCraft's compression_state_dict.bin (or its folder). `n_codebooks` keeps only the first K codebooks (the 24 kHz

@@ -37,10 +37,8 @@ TENSOR_NAMES = (  # ours -> published, see `support.files.rename`
     ("embed.", "shared."),
     ("relative_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
     ("blocks.", "encoder.block."),
-    (".attention.", ".layer.0.SelfAttention."),
-    (".attention_norm.", ".layer.0.layer_norm."),
-    (".feed_forward.", ".layer.1.DenseReluDense."),
-    (".feed_forward_norm.", ".layer.1.layer_norm."),
+    (".attention.", ".layer.0.SelfAttention."), (".attention_norm.", ".layer.0.layer_norm."),
+    (".feed_forward.", ".layer.1.DenseReluDense."), (".feed_forward_norm.", ".layer.1.layer_norm."),
     ("final_norm.", "encoder.final_layer_norm."),
 )
 

@@ -263,7 +263,8 @@ class MAGNeT(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
-TOY_MODELS = {"toy": "magnet.pt", "toy-ar": "ar.pt", "toy-hybrid": "hybrid.pt"}  # files in toy/weights
+TOY_MODELS = {"toy": "magnet.pt", "toy-ar": "ar.pt", "toy-hybrid": "hybrid.pt", "tunes": "tunes/magnet.pt",
+              "tunes-ar": "tunes/ar.pt"}  # files in toy/weights
 PUBLISHED_MODELS = tuple(f"facebook/{name}" for name in (
     "magnet-small-10secs", "magnet-medium-10secs", "magnet-small-30secs", "magnet-medium-30secs", "audio-magnet-small",
     "audio-magnet-medium", "musicgen-small", "musicgen-medium", "musicgen-large"))

@@ -57,7 +57,8 @@ def write_all(args, folder):
     """Write a model with random weights, its codec and its text encoder, with T5's own tokenizer."""
     torch.manual_seed(0)
     text_encoder = "t5-large" if args.sounds else "t5-base"
-    model = MAGNeT(ModelConfig(card=2048, text_dim=T5[text_encoder].d_model, seconds=args.clip, **SIZES[args.size]))
+    shape = SIZES[args.size] | ({"objective": "ar", "context": -1} if args.autoregressive else {})
+    model = MAGNeT(ModelConfig(card=2048, text_dim=T5[text_encoder].d_model, seconds=args.clip, **shape))
     codec = Codec(CODEC_16KHZ if args.sounds else CODEC_32KHZ)
     sampling = SamplingConfig(decoding_steps=(60, 10) if args.clip >= 30 else (20, 10))
     if args.sounds:
@@ -85,18 +86,21 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--clip", type=float, default=10.0, help="length of the training clips in seconds: 10 or 30")
     parser.add_argument("--sounds", action="store_true", help="a sound-effect model: codec at 16 kHz, t5-large")
+    parser.add_argument("--autoregressive", action="store_true", help="a MusicGen")
+    parser.add_argument("--seconds", type=float, help="length to make (default: that of the training clips)")
     parser.add_argument("--steps", type=int, nargs=4, default=[20, 10, 10, 10], help="decoding steps")
     parser.add_argument("--train", help="fine-tune in place of sampling, with these flags of train.py")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    folder = args.folder / f"{'audio-' * args.sounds}magnet-{args.size}-{args.clip:g}secs"
+    kind = "musicgen" if args.autoregressive else f"{'audio-' * args.sounds}magnet"
+    folder = args.folder / f"{kind}-{args.size}-{args.clip:g}secs"
     if not any(folder.glob("t5-*/pytorch_model.bin")):
         write_all(args, folder)
         # Begin anew: the peak memory of a child counts what its parent held when it was started.
         os.execv(sys.executable, [sys.executable, "-m", "experiments.full_size", *sys.argv[1:]])
     command = [ROOT / "sample.py", "80s driving pop with heavy drums", "--model", folder, "--out", folder / "out.wav",
-               "--decoding-steps", *map(str, args.steps)]
+               "--decoding-steps", *map(str, args.steps), "--seconds", str(args.seconds or args.clip)]
     if args.train is not None:
         write_clip(folder / "data", args.clip)
         shutil.rmtree(folder / "run", ignore_errors=True)

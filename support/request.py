@@ -17,8 +17,8 @@ class Request(Config):
     """What to make, and of what."""
 
     out: str = option("out.wav", "file to write (.wav, .flac or .ogg); several get numbers")
-    model: str = option("toy", "toy, toy-ar, toy-hybrid, a training run's folder, a checkpoint file, or a published "
-                               "model: its name such as facebook/magnet-small-10secs, or the folder of its files")
+    model: str = option("toy", "toy, toy-ar, toy-hybrid, tunes, tunes-ar, a training run's folder, a checkpoint file, "
+                               "or a published one: its name, facebook/magnet-small-10secs, or the folder of its files")
     codec: str = option(None, "the model's codec, where it is not at its old place")
     text_encoder: str = option(None, "the model's text encoder, where it is not at its old place")
     seconds: float = option(None, "length in all, longer than the training clips in windows (default: that of the "

@@ -85,7 +85,7 @@ def test_full_size_models_are_laid_out_as_published_and_load_back(sounds, tmp_pa
     for name in ("CODEC_32KHZ", "CODEC_16KHZ"):
         tiny = replace(getattr(full_size, name), n_filters=2, dimension=4, codebook_size=16)
         monkeypatch.setattr(full_size, name, tiny)
-    full_size.write_all(Namespace(sounds=sounds, size="small", clip=10.0), tmp_path / "model")
+    full_size.write_all(Namespace(sounds=sounds, autoregressive=False, size="small", clip=10.0), tmp_path / "model")
     model, companions = load_model(tmp_path / "model")
     assert (model.config.dim, model.config.n_layers, model.config.seconds) == (16, 1, 10)
     assert companions.sampling["schedule"] == "released"

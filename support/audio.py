@@ -22,7 +22,7 @@ def open_audio(path):
     if not os.path.isfile(path):  # never a device or a pipe, which may not end
         raise ValueError(f"{path}: {'is not a regular file' if os.path.exists(path) else 'no such audio file'}")
     try:  # by its descriptor: the name need not be UTF-8, and the suffix says nothing
-        sound = soundfile.SoundFile(os.open(path, os.O_RDONLY))
+        sound = soundfile.SoundFile(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))  # a flag of Windows
     except soundfile.SoundFileError as error:
         raise ValueError(f"{path}: is not audio that libsndfile can read; convert it, as by ffmpeg") from error
     if not 1_000 <= sound.samplerate <= 1_000_000:  # the header is damaged

@@ -389,11 +389,8 @@ def main():
     for block in model.blocks if flags.checkpoint_blocks else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     del codec, encoder, state  # their memory is wanted
-    try:
-        train(this_run, config, clips)
-        say(f"{flags.out}: {model}, trained for {config.steps} steps on {device} x {WORLD}")
-    finally:
-        this_run.unlock()
+    train(this_run, config, clips)
+    say(f"{flags.out}: {model}, trained for {config.steps} steps on {device} x {WORLD}")
 
 
 if __name__ == "__main__":

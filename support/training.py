@@ -168,7 +168,3 @@ class Run:
                 **portable(asdict(self.companions), self.flags.out), "step": step, "losses": self.losses, "rng": rng,
                 "model": self.model.state_dict(), "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, self.path)
-
-    def unlock(self):
-        if RANK == 0:
-            self.lock.release()

@@ -50,13 +50,15 @@ SAMPLING_CELLS = {
     "order": {f"{arrangement}, {scoring}": {"span_arrangement": arrangement, "span_scoring": scoring}
               for arrangement in ("nonoverlap", "stride1") for scoring in ("max", "prod")},
 }
+OWN = {"guidance": "3 -> 1", "steps": "20", "sampling": "T 3, p 0.9", "order": "nonoverlap, max"}  # of what ships
 
 
 def columns_of(data):
     """The columns of a results file of the world `data`."""
     shares = [f"{name}_{kind}" for kind in KINDS for name in world_of(data).ATTRIBUTES]
     return ("experiment", "setting", "seed", "overall_seen", "overall_unseen", *shares, "frechet", "diversity",
-            "val_1", "val_2", "val_3", "val_4", "n_prompts", "seconds", "model", "steps", "hardware", "command")
+            "val_1", "val_2", "val_3", "val_4", "n_prompts", "seconds", "model", "steps", "hardware", "command",
+            "right")  # the last: how many attributes are right in each clip, as one digit each
 
 
 def file_of(experiment, data):
@@ -102,7 +104,7 @@ def measure(model, config, seed, args):
               for kind in KINDS}
     return {**{f"{name}_{kind}": share for kind in shares for name, share in shares[kind].items()},
             "frechet": result["frechet"]["model"], "diversity": result["diversity"]["samples of one prompt"],
-            "seconds": time.time() - start}
+            "seconds": time.time() - start, "right": "".join(result["right"][f"model, {kind}"] for kind in KINDS)}
 
 
 def train_run(out, flags, args):

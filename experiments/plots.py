@@ -7,7 +7,8 @@ from statistics import mean
 
 import matplotlib
 
-from experiments.ablations import RESULTS, SAMPLING_CELLS, file_of, read_rows
+from experiments.ablations import OWN, RESULTS, SAMPLING_CELLS, file_of, read_rows
+from experiments.compare import paired_difference
 from support.cli import Parser, run
 from toy import WORLDS
 from toy.evaluate import wilson, with_interval
@@ -51,10 +52,14 @@ def draw(rows, path):
     plt.close(figure)
 
 
-def print_table(rows):
-    """Means over the seeds; shares with the interval of that many clips, of which half are of each kind."""
-    trained = bool(rows[0]["val_1"])
-    titles = [rows[0]["experiment"], *MEASURES.values(), *["cross-entropy of codebooks 1-4"] * trained]
+def print_table(rows, data):
+    """Means over the seeds; shares with the interval of that many clips, of which half are of each kind. Last, where
+    clips were noted one by one: how many points of adherence more than the models' own setting, paired by prompt."""
+    trained, own = bool(rows[0]["val_1"]), OWN.get(rows[0]["experiment"])
+    cells_of = {setting: [row for row in rows if row["setting"] == setting] for setting in by_setting(rows)}
+    paired = own in cells_of and all(row.get("right") for row in rows)
+    titles = [rows[0]["experiment"], *MEASURES.values(), *["cross-entropy of codebooks 1-4"] * trained,
+              *[f"against {own}"] * paired]
     print("\n| " + " | ".join(titles) + " |" + "\n|" + "---|" * len(titles))
     for setting, columns in by_setting(rows).items():
         n, means = sum(columns["n_prompts"]) // 2, {name: mean(columns[name]) for name in columns}
@@ -62,19 +67,22 @@ def print_table(rows):
                  f"{means['frechet']:.0f}", f"{means['diversity']:.1f}"]
         if trained:
             cells.append(" / ".join(f"{means[name]:.2f}" for name in LOSSES))
+        if paired:
+            middle, low, high = paired_difference(cells_of[setting], cells_of[own], data)
+            cells.append(f"{middle:+.1f} ({low:+.1f} to {high:+.1f})" if setting != own else "")
         print("| " + " | ".join(cells) + " |")
 
 
 def main():
     Parser(description="draw the results of the ablations").parse_args()
-    paths = [RESULTS / file_of(name, data) for data in WORLDS for name in ("spans", *SAMPLING_CELLS)]
-    paths = [path for path in paths if path.is_file()]
+    paths = {RESULTS / file_of(name, data): data for data in WORLDS for name in ("spans", *SAMPLING_CELLS)}
+    paths = {path: data for path, data in paths.items() if path.is_file()}
     if not paths:
         raise ValueError(f"{RESULTS} holds no CSV file of an ablation: run experiments.ablations first")
-    for path in paths:
+    for path, data in paths.items():
         rows = read_rows(path)
         draw(rows, path.with_suffix(".png"))
-        print_table(rows)
+        print_table(rows, data)
 
 
 if __name__ == "__main__":

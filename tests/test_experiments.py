@@ -32,7 +32,8 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate,
 
     def measure(model, config, seed, args):
         measured.append((model, config.guidance_start, config.guidance_end, seed))
-        return {"overall_seen": 0.5, "overall_unseen": 0.25, "frechet": 3.0, "diversity": 7.25}
+        return {"overall_seen": 0.5, "overall_unseen": 0.25, "frechet": 3.0, "diversity": 7.25,
+                "right": "55" if config.guidance_end == 3 else "54"}
 
     for _ in range(2):
         ablate("guidance --model toy --seeds 0 1", measure)
@@ -47,7 +48,8 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate,
     monkeypatch.setattr(sys, "argv", ["plots.py"])
     plots.main()
     assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG"
-    row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 7.2 |"  # intervals of 100 clips, 50 for each seed
+    row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 7.2 | "  # intervals of 100 clips, 50 for each seed
+    row += "+10.0 (-9.6 to +29.6) |"  # against 3 -> 1: one attribute of five more in one clip of two
     assert row in capsys.readouterr().out.splitlines()
 
 

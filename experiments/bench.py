@@ -27,7 +27,7 @@ from experiments.export import published_state
 from masking import mask_codes, restricted_attention_mask
 from model import MAGNeT, ModelConfig, attention, local_attention
 from sample import SamplingConfig, generate
-from support.cli import pick_dtype
+from support.cli import pick_dtype, say
 from train import draw_hidden, masked_cross_entropy
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -74,16 +74,16 @@ def training_race(n_queries, n_keys, repeats):
 
 
 def print_attention(frames, repeats):
-    print("attention within 5 frames    dense + mask      local    ratio")
+    say("attention within 5 frames    dense + mask      local    ratio")
     for n_frames in frames:
         for backward in (False, True):
             dense, local = attention_race(n_frames, 5, backward, repeats)
             what = "forward and backward" if backward else "forward"
-            print(f"T = {n_frames:4} {what:20} {dense * 1e3:8.1f} ms {local * 1e3:7.1f} ms  {dense / local:6.1f}x")
-    print("training in bfloat16               fused    written out  ratio")
+            say(f"T = {n_frames:4} {what:20} {dense * 1e3:8.1f} ms {local * 1e3:7.1f} ms  {dense / local:6.1f}x")
+    say("training in bfloat16               fused    written out  ratio")
     for what, n_keys in (("self-attention, T = 200", 200), ("cross-attention, N = 32", 32)):
         fused, ours = training_race(200, n_keys, repeats)
-        print(f"{what:30} {fused * 1e3:7.1f} ms {ours * 1e3:9.1f} ms {fused / ours:6.1f}x")
+        say(f"{what:30} {fused * 1e3:7.1f} ms {ours * 1e3:9.1f} ms {fused / ours:6.1f}x")
 
 
 # ---------------------------------------------------------------------------------------------------- the official code
@@ -250,18 +250,18 @@ def print_official(lengths, steps, repeats, clock):
         tasks[f"{seconds} s, decoding"] = decoding(ours, official, embeddings, n_frames, steps, dtypes)
         if seconds == 10:
             tasks[f"{seconds} s, training step"] = training(ours, official, embeddings, n_frames, dtypes)
-    print(f"beside the official code: {ours}, decoding steps {'/'.join(map(str, steps))};\n"
-          f"logits of one pass in float32 differ by at most {difference:.0e}; matrix products of 2048 x 2048: "
-          + ", ".join(f"{SHORT[dtype]} {peak[dtype] / 1e9:.0f} GFLOP/s" for dtype in dtypes))
-    print("                              ours       official     ratio   ours: share of that peak", flush=True)
+    say(f"beside the official code: {ours}, decoding steps {'/'.join(map(str, steps))};\n"
+        f"logits of one pass in float32 differ by at most {difference:.0e}; matrix products of 2048 x 2048: "
+        + ", ".join(f"{SHORT[dtype]} {peak[dtype] / 1e9:.0f} GFLOP/s" for dtype in dtypes))
+    say("                              ours       official     ratio   ours: share of that peak")
     for task, (mine, theirs, flops) in tasks.items():
         times = race(*mine, *theirs, repeats=repeats, clock=clock)
         rows = [*zip(dtypes, dtypes, times, times[len(dtypes):], strict=False)]
         if auto != torch.float32:
             rows.append((auto, torch.float32, times[1], times[2]))
         for dtype, other, seconds, official_seconds in rows:
-            print(f"{task:19} {SHORT[dtype]} {seconds:6.2f} s   {SHORT[other]} {official_seconds:6.2f} s "
-                  f"{official_seconds / seconds:7.2f}x {flops / seconds / peak[dtype]:8.0%}", flush=True)
+            say(f"{task:19} {SHORT[dtype]} {seconds:6.2f} s   {SHORT[other]} {official_seconds:6.2f} s "
+                f"{official_seconds / seconds:7.2f}x {flops / seconds / peak[dtype]:8.0%}")
 
 
 def main():
@@ -273,11 +273,11 @@ def main():
     parser.add_argument("--cpu-time", action="store_true",
                         help="there, on a busy machine: CPU seconds, want OMP_NUM_THREADS=1")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; best of {args.repeats}")
+    say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; best of {args.repeats}")
     if args.frames:
         print_attention(args.frames, args.repeats)
     if args.seconds and importlib.util.find_spec("audiocraft") is None:
-        print("no rows beside the official code: audiocraft is not installed (see the head of experiments/bench.py)")
+        say("no rows beside the official code: audiocraft is not installed (see the head of experiments/bench.py)")
     elif args.seconds:
         clock = time.process_time if args.cpu_time else time.perf_counter
         print_official(args.seconds, tuple(args.steps), args.repeats, clock)

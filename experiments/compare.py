@@ -23,7 +23,7 @@ import torch
 from experiments.ablations import RESULTS, add_row, file_of, hardware, is_done, name_with_weights, read_rows
 from model import MAGNeT, ModelConfig, load_model
 from sample import SamplingConfig, generate
-from support.cli import DTYPES, Parser, pick_device, pick_dtype, run
+from support.cli import DTYPES, Parser, pick_device, pick_dtype, run, say
 from toy import WORLDS, world_of
 from toy.evaluate import SPLITS, evaluate, with_interval
 
@@ -89,8 +89,8 @@ def compare_quality(args):
             config = SamplingConfig(**load_model(name)[1].sampling | changes | {"rescorer_weight": weight})
             add_row(path, {**cell, **(row := measure(name, config, seed, args, rescorer)),
                            "hardware": hardware(device)}, QUALITY)
-            print(f"{method:20}{setting:8} seed {seed}: {row['overall_seen']:.1%} seen, {row['overall_unseen']:.1%} "
-                  f"unseen, Frechet distance {row['frechet']:.0f}, {row['seconds_per_clip']:.2f} s per clip")
+            say(f"{method:20}{setting:8} seed {seed}: {row['overall_seen']:.1%} seen, {row['overall_unseen']:.1%} "
+                f"unseen, Frechet distance {row['frechet']:.0f}, {row['seconds_per_clip']:.2f} s per clip")
 
 
 # ------------------------------------------------------------------------------------------------------------- latency
@@ -123,7 +123,7 @@ def compare_latency(args):
             if not is_done(path, cell):
                 seconds = seconds_of(model, config, batch, round(length * FRAME_RATE), args.repeats)
                 add_row(path, {**cell, "seconds": seconds, "repeats": args.repeats}, LATENCY)
-                print(f"{objective:8} batch {batch:3}, {length:g} s: {seconds:.3f} s")
+                say(f"{objective:8} batch {batch:3}, {length:g} s: {seconds:.3f} s")
 
 
 def crossings(rows):
@@ -169,14 +169,14 @@ def plot_quality(plt, rows, path):
 
 def print_quality(rows):
     """A table in Markdown, the seeds of a cell taken together: shares with the interval of that many clips."""
-    print("| method | setting | adherence, seen | adherence, unseen | Frechet distance | seconds per clip |")
-    print("|---" * 6 + "|")
+    say("| method | setting | adherence, seen | adherence, unseen | Frechet distance | seconds per clip |")
+    say("|---" * 6 + "|")
     for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
         cell = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
         n = sum(int(row["n_prompts"]) for row in cell) // 2
         shares = (with_interval(mean(float(row[f"overall_{kind}"]) for row in cell), n) for kind in SPLITS)
         rest = (format(mean(float(row[name]) for row in cell), ".3g") for name in ("frechet", "seconds_per_clip"))
-        print("| " + " | ".join((method, setting, *shares, *rest)) + " |")
+        say("| " + " | ".join((method, setting, *shares, *rest)) + " |")
 
 
 def paired_difference(rows, others, data="toy"):
@@ -201,8 +201,8 @@ def print_differences(rows, data="toy"):
         for other in ((sibling, ""), (BEFORE, setting) if method == "hybrid" else None):
             if other in cells:
                 middle, low, high = paired_difference(cell, cells[other], data)
-                print(f"{method} {setting} against {' '.join(other).strip()}: {middle:+.1f} points ({low:+.1f} to "
-                      f"{high:+.1f})")
+                say(f"{method} {setting} against {' '.join(other).strip()}: {middle:+.1f} points ({low:+.1f} to "
+                    f"{high:+.1f})")
 
 
 def plot_latency(plt, rows, path):
@@ -225,14 +225,14 @@ def plot_latency(plt, rows, path):
 def print_latency(rows):
     """A table in Markdown: seconds per clip, MAGNeT / autoregressive, and where the two cross."""
     batches = sorted({int(row["batch"]) for row in rows})
-    print("| clips of | " + " | ".join(f"batch of {batch}" for batch in batches) + " | they cross at |")
-    print("|---" * (len(batches) + 2) + "|")
+    say("| clips of | " + " | ".join(f"batch of {batch}" for batch in batches) + " | they cross at |")
+    say("|---" * (len(batches) + 2) + "|")
     for length, crossing in crossings(rows).items():
         times = {(row["method"], int(row["batch"])): float(row["seconds"]) for row in rows if row["length"] == length}
         cells = (" / ".join(format(times.get((method, batch), math.nan) / batch, ".3g") for method in ("magnet", "ar"))
                  for batch in batches)
         where = {None: "MAGNeT ahead", batches[0]: "autoregressive ahead"}.get(crossing) or f"{crossing:.3g} clips"
-        print(f"| {length} s | " + " | ".join(cells) + f" | {where} |")
+        say(f"| {length} s | " + " | ".join(cells) + f" | {where} |")
 
 
 def draw_all(args):
@@ -250,7 +250,7 @@ def draw_all(args):
     for setting in dict.fromkeys((row["shape"], row["dtype"], row["hardware"]) for row in latency):
         rows = [row for row in latency if (row["shape"], row["dtype"], row["hardware"]) == setting]
         plot_latency(plt, rows, RESULTS / f"latency-{'-'.join(re.findall(r'[a-zA-Z0-9]+', ' '.join(setting)))}.png")
-        print(f"\nseconds per clip, MAGNeT / autoregressive: {', '.join(setting)}")
+        say(f"\nseconds per clip, MAGNeT / autoregressive: {', '.join(setting)}")
         print_latency(rows)
 
 

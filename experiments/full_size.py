@@ -30,6 +30,7 @@ from encodec_wrap import CODEC_FILE, REPOSITORY, Codec, CodecConfig
 from experiments.export import write_audiocraft_codec, write_model
 from model import MAGNeT, ModelConfig
 from sample import SamplingConfig
+from support.cli import say
 from support.files import rename, save_whole
 from t5_encoder import T5Config, T5Encoder
 from toy.train_text import save_pretrained
@@ -112,8 +113,8 @@ def main():
                    env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"peak memory {peak / 2**30:.2f} GiB, {time.perf_counter() - start:.0f} s from start to end, of which "
-          f"{used.ru_utime + used.ru_stime:.0f} CPU seconds on {args.threads} threads, torch {torch.__version__}")
+    say(f"peak memory {peak / 2**30:.2f} GiB, {time.perf_counter() - start:.0f} s from start to end, of which "
+        f"{used.ru_utime + used.ru_stime:.0f} CPU seconds on {args.threads} threads, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import matplotlib
 
 from experiments.ablations import OWN, RESULTS, SAMPLING_CELLS, file_of, read_rows
 from experiments.compare import paired_difference
-from support.cli import Parser, run
+from support.cli import Parser, run, say
 from toy import WORLDS
 from toy.evaluate import wilson, with_interval
 
@@ -60,7 +60,7 @@ def print_table(rows, data):
     paired = own in cells_of and all(row.get("right") for row in rows)
     titles = [rows[0]["experiment"], *MEASURES.values(), *["cross-entropy of codebooks 1-4"] * trained,
               *[f"against {own}"] * paired]
-    print("\n| " + " | ".join(titles) + " |" + "\n|" + "---|" * len(titles))
+    say("\n| " + " | ".join(titles) + " |" + "\n|" + "---|" * len(titles))
     for setting, columns in by_setting(rows).items():
         n, means = sum(columns["n_prompts"]) // 2, {name: mean(columns[name]) for name in columns}
         cells = [setting, *(with_interval(means[f"overall_{kind}"], n) for kind in ("seen", "unseen")),
@@ -70,7 +70,7 @@ def print_table(rows, data):
         if paired:
             middle, low, high = paired_difference(cells_of[setting], cells_of[own], data)
             cells.append(f"{middle:+.1f} ({low:+.1f} to {high:+.1f})" if setting != own else "")
-        print("| " + " | ".join(cells) + " |")
+        say("| " + " | ".join(cells) + " |")
 
 
 def main():

@@ -90,7 +90,7 @@ def start(names, folder):
         if path.exists():
             raise ValueError(f"{path} is there already, and stays as it is")
         path.write_text(text, encoding="utf-8", newline="\n")
-        print(f"{path} is yours to fill in; then: python -m study check {exercise.name}")
+        say(f"{path} is yours to fill in; then: python -m study check {exercise.name}")
 
 
 def progress(folder, name=None, **news):
@@ -117,13 +117,13 @@ def hint(names, folder):
     """One more hint each time; after the last, the last again."""
     for exercise in chosen(names):
         given = min(progress(folder).get(exercise.name, {}).get("hints", 0), 2)
-        print(textwrap.fill(f"Hint {given + 1} of 3: {exercise.hints[given]}", 100))
+        say(textwrap.fill(f"Hint {given + 1} of 3: {exercise.hints[given]}", 100))
         progress(folder, exercise.name, hints=given + 1)
 
 
 def show(names, folder):
     for exercise in chosen(names):
-        print(source(exercise.function))
+        say(source(exercise.function))
 
 
 def listing(names, folder):

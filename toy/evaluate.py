@@ -23,7 +23,7 @@ from tqdm import tqdm
 from encodec_wrap import load_codec
 from model import load_model
 from sample import BATCH, SamplingConfig, clip_streams, generate
-from support.cli import Parser, add_flags, from_flags, pick_device, pick_dtype, run
+from support.cli import Parser, add_flags, from_flags, pick_device, pick_dtype, run, say
 from support.data import encode
 from t5_encoder import T5Encoder
 from toy import WORLDS, entries_of, memory, signals, world, world_of
@@ -225,19 +225,19 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
 
 
 def print_table(result, place=world):
-    print(f"\nshare of {result['n_prompts']} clips in which the judge hears what the prompt asks for")
-    print(f"{'':16}" + "".join(f"{name:>17}" for name in [*place.ATTRIBUTES, "overall"]))
+    say(f"\nshare of {result['n_prompts']} clips in which the judge hears what the prompt asks for")
+    say(f"{'':16}" + "".join(f"{name:>17}" for name in [*place.ATTRIBUTES, "overall"]))
     for who, shares in result["adherence"].items():
         cells = (f"{s['share']:6.1%} {s['interval'][0]:4.0%}-{s['interval'][1]:.0%}" for s in shares.values())
-        print(f"{who:16}" + "".join(f"{cell:>17}" for cell in cells))
-    print("chance          " + "".join(f"{1 / len(values):>16.1%} " for values in place.ATTRIBUTES.values()))
+        say(f"{who:16}" + "".join(f"{cell:>17}" for cell in cells))
+    say("chance          " + "".join(f"{1 / len(values):>16.1%} " for values in place.ATTRIBUTES.values()))
     for name, case in result.get("swaps", {}).items():
-        print(f"one word swapped: {name:32}{case['share']:6.1%}  {case['interval'][0]:.0%}-{case['interval'][1]:.0%}")
+        say(f"one word swapped: {name:32}{case['share']:6.1%}  {case['interval'][0]:.0%}-{case['interval'][1]:.0%}")
     for name in [name for name in ("frechet", "diversity", "cross_entropy") if name in result]:
-        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in result[name].items()))
+        say(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in result[name].items()))
     for who, shares in result.get("memorised", {}).items():
-        print(f"memorised, {who}: " + ", ".join(f"{name} {value:.3f}" for name, value in shares.items()))
-    print(f"chance cross-entropy {result['chance_cross_entropy']:.3f}; {result['seconds_per_clip']:.2f} s per clip")
+        say(f"memorised, {who}: " + ", ".join(f"{name} {value:.3f}" for name, value in shares.items()))
+    say(f"chance cross-entropy {result['chance_cross_entropy']:.3f}; {result['seconds_per_clip']:.2f} s per clip")
 
 
 def main():

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sample import SamplingConfig
-from support.cli import Parser, add_flags, from_flags, run
+from support.cli import Parser, add_flags, from_flags, run, say
 from support.files import located, portable, read_checkpoint, save_whole
 
 
@@ -24,11 +24,11 @@ def print_validation(log):
     with log.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if any(row[name] for name in row if name.startswith("val_"))]
     codebooks = sorted({name.split("_")[1] for name in rows[0] if name.startswith("val_")}) if rows else []
-    print("| steps | minutes |" + "".join(f" codebook {int(k) + 1} |" for k in codebooks))
+    say("| steps | minutes |" + "".join(f" codebook {int(k) + 1} |" for k in codebooks))
     for row in rows:
         values = [[float(row[name]) for name in row if name.startswith(f"val_{k}_")] for k in codebooks]
-        print(f"| {int(row['step']):,} | {float(row['seconds']) / 60:.0f} |"
-              + "".join(f" {sum(v) / len(v):.2f} |" for v in values))
+        say(f"| {int(row['step']):,} | {float(row['seconds']) / 60:.0f} |"
+            + "".join(f" {sum(v) / len(v):.2f} |" for v in values))
 
 
 def quantized(state):
@@ -60,7 +60,7 @@ def main():
     if log.is_file():
         shutil.copyfile(log, args.out.with_suffix(".csv"))
         print_validation(log)
-    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, step {content['step']}")
+    say(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, step {content['step']}")
 
 
 if __name__ == "__main__":

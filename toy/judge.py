@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm, trange
 
 from encodec_wrap import load_codec
-from support.cli import Parser, run
+from support.cli import Parser, run, say
 from support.files import load_strictly, read_checkpoint, save_whole
 from toy import WORLDS, signals, weights_of, world, world_of
 from toy.mel import log_mel, mel_spectrogram, onset_bands, pitch_profile
@@ -245,10 +245,10 @@ def main():
     wav, labels = draw_clips(500, args.seed + 1, args.data, **world_of(args.data).FRESH)
     coded = accuracy(judge, through_codec(wav, args.codec), labels)
     for name, share in accuracy(judge, wav, labels).items():
-        print(f"{name:13} {share:.1%} of 500 fresh clips read right, {coded[name]:.1%} of them through the codec")
+        say(f"{name:13} {share:.1%} of 500 fresh clips read right, {coded[name]:.1%} of them through the codec")
     for name, (n, shares) in cross_check(judge, wav, labels, args.data).items():
         measured, heard, alike = (f"{share:.1%}" for share in shares)
-        print(f"{name:13} of {n} clips of a melody alone: a plain measure {measured}, judge {heard}, the same {alike}")
+        say(f"{name:13} of {n} clips of a melody alone: a plain measure {measured}, judge {heard}, the same {alike}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tqdm import tqdm, trange
 
 from encodec_wrap import Codec, CodecConfig, load_codec
 from support.audio import load_audio
-from support.cli import Parser, run
+from support.cli import Parser, run, say
 from toy import WORLDS, world_of
 from toy.mel import log_mel, mel_spectrogram
 from toy.world import FRAME_RATE, SAMPLE_RATE, SECONDS
@@ -68,7 +68,7 @@ def folder_clips(folder, n, seconds):
         try:
             wav = load_audio(path, SAMPLE_RATE)[0]
         except ValueError as error:
-            print(f"skipped {path}: {error}")
+            say(f"skipped {path}: {error}")
             continue
         pieces.append(wav[:len(wav) // length * length].view(-1, length).half())
     if not sum(map(len, pieces)):
@@ -148,7 +148,7 @@ def main():
     args = parser.parse_args()
     if args.check:
         fresh = world_clips(args.data, 200, "test" if args.data == "tunes" else "valid")
-        print(", ".join(f"{name} {value:.3f}" for name, value in check(load_codec(args.check), fresh).items()))
+        say(", ".join(f"{name} {value:.3f}" for name, value in check(load_codec(args.check), fresh).items()))
         return
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def main():
     amp = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
     start, log = time.time() - spent, (args.out / "log.csv").open("a")
     writer, bar = csv.writer(log), tqdm(total=args.steps, initial=step)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
     while True:
         progress = max(step / args.steps, (time.time() - start) / 60 / args.minutes)
         if progress >= 1:

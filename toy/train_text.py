@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-from support.cli import Parser, run
+from support.cli import Parser, run, say
 from support.files import rename, save_whole, whole_file
 from t5_encoder import CONFIG, TENSOR_NAMES, TOKENIZER, T5Config, T5Encoder
 from toy import WORLDS, world, world_of
@@ -112,10 +112,10 @@ def main():
     with torch.no_grad():
         logits = read_attributes(readers, encoder(ids, mask), mask)
     for name, x, y in zip(place.ATTRIBUTES, logits, labels, strict=True):
-        print(f"{name}: {(x.argmax(dim=1) == y).float().mean().item():.2%} of 2000 fresh captions read right")
+        say(f"{name}: {(x.argmax(dim=1) == y).float().mean().item():.2%} of 2000 fresh captions read right")
     save_pretrained(encoder, args.out, dtype=torch.float16)
     n_params = sum(p.numel() for p in encoder.parameters())
-    print(f"wrote {args.out}: {n_params:,} parameters, {pieces} pieces")
+    say(f"wrote {args.out}: {n_params:,} parameters, {pieces} pieces")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from support.cli import say
+
 try:
     import symusic
 except ImportError:  # `folder_of` says so when a tune is asked for
@@ -128,7 +130,7 @@ def corpus():
     if not path.is_file():
         pages = [page.read_text("utf-8", "replace") for book in BOOKS for page in sorted((books / book).glob("*.abc"))]
         parts = [part for page in pages for part in re.split(r"^(?=X:)", page, flags=re.M)]
-        print("reading the tunes; this is done once")
+        say("reading the tunes; this is done once")
         with quiet():
             tunes = [tune for tune in map(read_tune, parts) if tune]
         for tune, family in zip(tunes, families(tunes), strict=True):

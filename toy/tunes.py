@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.cli import run
+from support.cli import run, say
 from toy.band import accompany, beats_of, loudness, play, swing
 from toy.tunebook import corpus
 
@@ -207,7 +207,7 @@ def main():
         wav, text, _ = example(index, args.split, args.seed)
         soundfile.write(args.out / f"{index:04d}.wav", wav, SAMPLE_RATE)
         (args.out / f"{index:04d}.txt").write_text(text + "\n")
-        print(f"{args.out}/{index:04d}.wav  {text}")
+        say(f"{args.out}/{index:04d}.wav  {text}")
 
 
 if __name__ == "__main__":

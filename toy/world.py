@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from support.cli import run, say
+
 SAMPLE_RATE = 16_000
 SECONDS = 4.0
 FRAME_RATE = 50  # of the codec, in Hz
@@ -250,8 +252,8 @@ def main():
         wav, text, _ = example(index, args.split, args.seed)
         soundfile.write(args.out / f"{index:04d}.wav", wav, SAMPLE_RATE)
         (args.out / f"{index:04d}.txt").write_text(text + "\n")
-        print(f"{args.out}/{index:04d}.wav  {text}")
+        say(f"{args.out}/{index:04d}.wav  {text}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

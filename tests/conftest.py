@@ -1,5 +1,6 @@
 """What the tests share: golden files, small models, a hub on this machine, tiny training runs; `--mine`, `-m paper`."""
 
+import csv
 import hashlib
 import http.server
 import os
@@ -9,11 +10,13 @@ import shlex
 import signal
 import sys
 import threading
+from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from huggingface_hub import constants
 
@@ -22,6 +25,8 @@ from model import MAGNeT, ModelConfig, load_model
 from support.cli import run
 
 DATA = Path(__file__).parent / "data"
+ROOT = DATA.parents[1]
+Ended = namedtuple("Ended", "code out err")  # of a command: its exit code, and what it wrote
 torch.set_num_threads(1)  # so that a busy machine slows nothing down tenfold
 os.environ["OMP_NUM_THREADS"] = "1"  # nor the processes that tests start
 
@@ -115,6 +120,14 @@ def drawn(mask):
     return ["".join("x" if cell else "." for cell in row) for row in mask.tolist()]
 
 
+def write_tone(path, caption=None, seconds=0.5, hertz=440.0, **more):
+    """A sine at 16 kHz in an audio file, with its caption beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.sin(2 * np.pi * hertz * np.arange(round(seconds * 16_000)) / 16_000) / 2, 16_000, **more)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
 class RunsCode:
     """Unpickled carelessly, this makes a folder: harmless proof that code was run."""
 
@@ -188,13 +201,6 @@ def offline(tmp_path, monkeypatch):
     return tmp_path / "here"
 
 
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """call(module, arguments...) runs a module's command line in an empty folder -> exit code, stdout and stderr."""
@@ -258,6 +264,20 @@ def train_tiny(tmp_path_factory):
 
     train_tiny.cache = cache
     return train_tiny
+
+
+def read_log(run):
+    """The rows of a run's log.csv, but for the time taken."""
+    with (run / "log.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def losses(run):
+    return [float(row["loss"]) for row in read_log(run)]
+
+
+def read_state(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
 
 
 @pytest.fixture(scope="session")

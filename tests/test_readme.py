@@ -8,13 +8,12 @@ import importlib
 import re
 import shlex
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from support.cli import Parser
 
-ROOT = Path(__file__).parent.parent
 FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("[a-z]*/README.md"))]
 

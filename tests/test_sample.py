@@ -1,9 +1,9 @@
 """Decoding: the claims of sample.py. The command line is tested in test_support_request.py.
 
-Read in the order of the module: the schedule, guidance, drawing a token, choosing spans, one stage, rescoring, all
-stages, a clip by itself, autoregressive and hybrid decoding, then arguments and a small fuzz. At the end the official
-code's greedy generations (`data/magnet_tiny_greedy.pt`, `data/musicgen_tiny_forward.pt`) and recorded ones of the
-shipped models (`data/toy_greedy.pt`). Masks are drawn as text: "x" is True (hidden), "." False.
+Read in the order of the module: the schedule, guidance, drawing a token, choosing spans, one stage, rescoring,
+autoregressive and hybrid decoding, then arguments and a small fuzz. At the end the official code's greedy generations
+(`data/magnet_tiny_greedy.pt`, `data/musicgen_tiny_forward.pt`) and recorded ones of the shipped models
+(`data/toy_greedy.pt`). Masks are drawn as text: "x" is True (hidden), "." False.
 """
 
 import math
@@ -117,14 +117,6 @@ def test_generate_guides_away_from_the_null_condition_or_the_negative_prompt(neg
     torch.testing.assert_close(step["confidence"], probs.amax(dim=-1), atol=1e-4, rtol=0)
 
 
-def test_generate_with_an_empty_caption_or_an_empty_negative_prompt_is_as_without_one(make_magnet):
-    model, (text, mask) = make_magnet(), random_text(make_magnet())
-    fields = {"codes": to_fill(model, 20), "config": SamplingConfig(decoding_steps=STEPS)}
-    assert generate(model, text, mask & False, **fields).equal(generate(model, None, None, **fields))
-    empty = text[:1], mask[:1] & False
-    assert generate(model, text, mask, **fields, negative=empty).equal(generate(model, text, mask, **fields))
-
-
 @pytest.mark.parametrize("damaged", ["magnet", "ar", "hybrid", "rescorer"])
 @pytest.mark.of("generate", "rescored")
 def test_generate_refuses_logits_and_probabilities_that_are_not_finite(damaged, make_magnet):
@@ -214,13 +206,6 @@ def test_span_confidence_orders_spans_that_are_all_but_certain_or_impossible(sco
 NOTHING = torch.zeros(1, 11, dtype=torch.bool)
 
 
-def test_hide_nonoverlapping_hides_the_least_probable_spans():
-    """By "max" the spans of 3, 3, 3 and 2 frames have 0.9, 0.2, 0.5 and 0.3."""
-    tokens = odds(0.9, 0.1, 0.1, 0.2, 0.1, 0.1, 0.5, 0.4, 0.4, 0.3, 0.1)
-    for n_spans, hidden in ((1, "...xxx....."), (2, "...xxx...xx"), (3, "...xxxxxxxx"), (4, "x" * 11)):
-        assert drawn(hide_nonoverlapping(tokens, NOTHING, n_spans, 3, "max")) == [hidden], f"{n_spans} spans"
-
-
 @SCORINGS
 def test_hide_nonoverlapping_never_chooses_a_span_that_is_fixed_and_counts_all_tokens_of_one_that_is_partly(scoring):
     """Then frames 0 and 1 are fixed: the first span is open, and its fixed token of 0.9 makes it the surer one."""
@@ -246,13 +231,6 @@ def test_hide_stride1_does_not_count_fixed_tokens_and_prefers_spans_without_them
     assert drawn(hide_stride1(odds(0.99, 0.4, 0.4, 0.01), fixed[:, :4], 3, 3, scoring)) in (["xxx."], [".xxx"])
     fixed = torch.tensor([[True, False, True, False]])
     assert drawn(hide_stride1(odds(0.01, 0.6, 0.99, 0.2), fixed, 2, 2, scoring)) == ["..xx"], "0.2 before 0.6"
-
-
-def test_spans_to_hide_counts_the_spans_that_a_gap_touches():
-    """Frames 2 and 3 of 9 are open and lie in two spans of 3: at rate 1 both are hidden, at 0.9 one, at 0 still one."""
-    tokens, given = odds(*[0.9] * 3, *[0.1] * 6), torch.tensor([1, 1, 0, 0, 1, 1, 1, 1, 1]).bool()
-    for rate, hidden in ((1.0, "xxxxxx..."), (0.9, "...xxx..."), (0.0, "...xxx...")):
-        assert drawn(sample.spans_to_hide(tokens, given[None], rate, given, 3, SamplingConfig())) == [hidden]
 
 
 # ------------------------------------------------------------------------------------------------------------ one stage
@@ -364,27 +342,6 @@ def test_rescoring_keeps_what_the_rescorer_likes_and_changes_only_the_ranking(ma
                              rescorer_weight=1.0) for rescorer in (None, Opinion(range(6, 12))))
     assert steps[0]["codes"].equal(plain[0]["codes"]), "the candidate itself is not rescored"
     assert drawn(steps[1]["hidden"]) == ["xxxxxx......xxxxxx"] * 2
-
-
-# ----------------------------------------------------------------------------------------------------------- all stages
-
-def test_clip_streams_give_every_clip_numbers_of_its_own():
-    first, second, again = (stream.random() for stream in clip_streams(7, [1, 2, 1]))
-    assert first == again != second and clip_streams(8, [1])[0].random() != first
-
-
-@OBJECTIVES
-@pytest.mark.of("generate")
-def test_a_clip_does_not_depend_on_the_width_of_its_text_or_negative_prompt(objective, make_magnet):
-    """Both are padded to 512 tokens, as beside a text of that length in a batch, or beside a negative prompt."""
-    model = make_magnet(objective=objective).double()  # so that no token hangs on the last digit of a float32
-    config = SamplingConfig(decoding_steps=(4, 2), hybrid_seconds=0.1)
-    prompt, negative = ([(text, mask), (F.pad(text, (0, 0, 0, 509)), F.pad(mask, (0, 509)))]
-                        for text, mask in (random_text(model, 1, seed=seed) for seed in (0, 1)))
-    made = [generate(model, *prompt[i], to_fill(model, 12, B=1), config, negative=negative[j])
-            for i, j in ((0, 0), (1, 0), (0, 1))]
-    assert made[1].equal(made[0]), "a wider text"
-    assert made[2].equal(made[0]), "a wider negative prompt"
 
 
 # ----------------------------------------------------------------------------------------- autoregressive and hybrid

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import full_disk
-from safetensors.torch import save_file
 from torch import nn
 
 from support.files import (
@@ -98,15 +97,6 @@ def test_read_checkpoint_names_a_file_that_is_damaged_or_something_else_or_lacks
         read_checkpoint(path, keys=("weight", "step", "rng"))
 
 
-def test_read_checkpoint_reads_safetensors_and_the_shards_of_an_index_too(weights, tmp_path):
-    save_file({"weight": weights["weight"]}, tmp_path / "1.safetensors")
-    save_whole({"bias": weights["bias"]}, tmp_path / "2.bin")
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"weight": "1.safetensors", "bias": "2.bin"}}')
-    content = read_checkpoint(index)
-    assert content.keys() == weights.keys() and all(content[name].equal(weights[name]) for name in weights)
-
-
 BAD = {  # what is done to the weight: what the message says
     "bias is missing": (lambda w: {"bias": ...}, "tensor bias is missing"),
     "one too many": (lambda w: {"more": w}, "tensor more is unexpected"),
@@ -139,15 +129,6 @@ def test_load_strictly_multiplies_rows_stored_in_8_bits_by_their_scales(weights)
     for shape in ((30,), (1, 30), (40, 1)):
         with pytest.raises(ValueError, match="a.pt: the scales of tensor weight have shape"):
             load_strictly(model, stored, "a.pt", scales={"weight": torch.ones(shape)})
-
-
-def test_load_strictly_gives_a_model_without_memory_the_tensors_in_the_type_asked_for(weights):
-    with torch.device("meta"):
-        model = nn.Linear(40, 30)
-    load_strictly(model, weights, "a.pt", torch.bfloat16, "cpu")
-    assert model.weight.equal(weights["weight"].bfloat16()) and model.weight.device.type == "cpu"
-    with pytest.raises(ValueError, match="a.pt: its weights are not plain tensors"):
-        load_strictly(model, [weights["weight"]], "a.pt")
 
 
 def test_companions_check_refuses_a_codec_or_text_encoder_of_other_weights():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import assert_one_line
+from conftest import ROOT, assert_one_line
 
 import sample
 import train
@@ -25,7 +25,6 @@ from sample import SamplingConfig, clip_streams, generate
 from support.audio import load_audio
 from support.request import Request, plan_clips, windows
 
-ROOT = Path(__file__).parent.parent
 FEW_STEPS = ["--decoding-steps", "3", "2", "1", "1"]
 
 

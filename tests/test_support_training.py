@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support import training
 from support.training import Run, drop_rows
 from train import TrainConfig
 
@@ -22,18 +21,6 @@ def test_drop_rows_drops_those_after_the_checkpoint_and_what_was_torn_and_gives_
     assert drop_rows(tmp_path / "log.csv", 2) == 20
     assert (tmp_path / "log.csv").read_text() == ROWS
     assert drop_rows(tmp_path / "log.csv", 0) == 0 and (tmp_path / "log.csv").read_text() == ROWS.splitlines(True)[0]
-
-
-def test_parts_gives_every_process_its_own_rows_and_all_of_them_once(monkeypatch):
-    batch, seen = {"codes": torch.arange(24).view(12, 2), "stage": torch.arange(12)}, []
-    run = SimpleNamespace(config=TrainConfig(accumulate=3), device=CPU)
-    monkeypatch.setattr(training, "WORLD", 2)
-    for rank in (0, 1):
-        monkeypatch.setattr(training, "RANK", rank)
-        for part in Run.parts(run, batch):
-            assert part["codes"].equal(batch["codes"][part["stage"]]), "the rows of all tensors belong together"
-            seen.append(part["stage"].tolist())
-    assert len(seen) == 6 and sorted(sum(seen, [])) == list(range(12))
 
 
 def test_after_step_tells_of_samples_that_fail_and_training_goes_on(tmp_path, capsys):

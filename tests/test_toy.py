@@ -20,7 +20,6 @@ from toy import world
 from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts, wilson
 from toy.export import main as export
 from toy.judge import cross_check, load_judge
-from toy.mel import log_mel, mel_spectrogram
 from toy.signals import pitch
 from toy.train_codec import main as train_codec
 from toy.train_text import draw_caption
@@ -129,15 +128,6 @@ def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_token
         assert labels == [values.index(said[name]) if name in said else len(values)
                           for name, values in ATTRIBUTES.items()], text
         assert tokenizer.unk_id() not in ids and tokenizer.decode(ids) == text
-
-
-def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor():
-    mel = mel_spectrogram(torch.sin(2 * torch.pi * 1000 * torch.arange(16_000) / SAMPLE_RATE)[None], SAMPLE_RATE)
-    assert mel.shape == (1, 64, 63)
-    edges = 700 * (10 ** (torch.linspace(0, 2595 * np.log10(1 + 8000 / 700), 66) / 2595) - 1)
-    band = mel.mean(dim=2).argmax().item()
-    assert edges[band] < 1000 < edges[band + 2]
-    assert log_mel(torch.zeros(1)).item() == pytest.approx(np.log(1e-2))
 
 
 def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch):

@@ -118,11 +118,6 @@ def test_tunes_families_join_a_copy_in_another_key_with_changes_and_no_stranger(
     assert tunebook.families(tunes_of) == [0, 1, 0, 0]
 
 
-def test_memory_runs_leave_out_repeated_notes():
-    assert memory.runs([60, 62, 62, 64, 60], length=2) == [(2, 2), (2, -4)]
-    assert memory.runs([60, 62], length=2) == []
-
-
 def test_memory_nearest_codes_is_one_for_a_copy_and_counts_equal_frames_and_embeddings_by_distance():
     bank = torch.tensor([[[1, 2, 3, 4]], [[1, 1, 1, 1]]])  # (m, K, T)
     codes = torch.tensor([[[1, 1, 1, 1]], [[1, 2, 9, 9]]])

@@ -4,7 +4,6 @@
 `data/published_settings.yaml`. `lay_repositories` writes every repository that the published names need.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -78,9 +77,4 @@ def lay_repositories(folder, data):
     write_codec(Codec(tiny_codec(32_000, (8, 5, 4, 4))), folder / REPOSITORY)
     for name, width in WIDTHS.items():
         save_pretrained(T5Encoder(T5Config(32_128, width, 4, 8, 1, 2), data / SPIECE), folder / REPOSITORIES[name])
-        (folder / REPOSITORIES[name] / "config.json").write_text(json.dumps({
-            "architectures": ["T5ForConditionalGeneration"], "vocab_size": 32_128, "d_model": width, "d_kv": 4,
-            "d_ff": 8, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "is_encoder_decoder": True,
-            "feed_forward_proj": "relu", "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6,
-            "task_specific_params": {"summarization": {"num_beams": 4}}}))
     return folder

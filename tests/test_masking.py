@@ -28,6 +28,7 @@ from masking import (
 )
 
 MASK = 99  # a mask id that no code has
+CODES = torch.tensor([[[1, 2, 3], [4, 5, 6], [7, 8, 9]]])  # K = 3, T = 3
 
 
 def test_cosine_schedule_hides_all_at_first_and_nothing_at_last():
@@ -78,9 +79,6 @@ def test_span_mask_draws_every_start_equally_often_and_without_replacement(gener
     for T in (1, 9):
         counts = torch.arange(1, T + 1)
         assert span_mask(counts, T, 1, generator).sum(dim=1).equal(counts), "u spans of one frame hide u frames"
-
-
-CODES = torch.tensor([[[1, 2, 3], [4, 5, 6], [7, 8, 9]]])  # K = 3, T = 3
 
 
 def test_mask_codes_shows_the_codebooks_below_the_stage_and_hides_those_above():

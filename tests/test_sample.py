@@ -203,9 +203,6 @@ def test_span_confidence_orders_spans_that_are_all_but_certain_or_impossible(sco
     assert spans.isfinite().all() and (spans.diff() > 0).all(), "ranks tie"
 
 
-NOTHING = torch.zeros(1, 11, dtype=torch.bool)
-
-
 @SCORINGS
 def test_hide_nonoverlapping_never_chooses_a_span_that_is_fixed_and_counts_all_tokens_of_one_that_is_partly(scoring):
     """Then frames 0 and 1 are fixed: the first span is open, and its fixed token of 0.9 makes it the surer one."""
@@ -218,8 +215,9 @@ def test_hide_nonoverlapping_never_chooses_a_span_that_is_fixed_and_counts_all_t
 def test_hide_stride1_hides_overlapping_spans_the_least_probable_first():
     """By "max" the spans that start at frames 0 to 7 have .9 .9 .8 .1 .2 .3 .4 .5: one, two or four of them."""
     tokens = odds(0.8, 0.9, 0.8, 0.1, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+    nothing = torch.zeros(1, 10, dtype=torch.bool)
     for n_frames, hidden in ((1, "...xxx...."), (4, "...xxxx..."), (7, "...xxxxxx.")):
-        assert drawn(hide_stride1(tokens, NOTHING[:, :10], n_frames, 3, "max")) == [hidden], f"{n_frames} frames"
+        assert drawn(hide_stride1(tokens, nothing, n_frames, 3, "max")) == [hidden], f"{n_frames} frames"
 
 
 @SCORINGS
@@ -479,15 +477,8 @@ def test_released_decoding_makes_whole_spans_first_as_if_there_were_no_more_fram
         assert len(steps) == sum(STEPS) and {step["codes"].shape[2] for step in steps} == {frames}
 
 
-GREEDY = torch.load(DATA / "magnet_tiny_greedy.pt", weights_only=True)
-
-
-def name_of(case):
-    steps = "-".join(map(str, case["decoding_steps"]))
-    return f"{case['span_arrangement']},{case['span_scoring']},steps={steps},prompt={case['prompt_len']}"
-
-
-@pytest.mark.parametrize("case", GREEDY, ids=name_of)
+@pytest.mark.parametrize("case", torch.load(DATA / "magnet_tiny_greedy.pt", weights_only=True), ids=lambda case: (
+    f"{case['span_arrangement']},{case['span_scoring']},{case['decoding_steps']},prompt={case['prompt_len']}"))
 def test_generate_repeats_the_official_code_token_for_token(case, magnet_tiny, golden):
     """`magnet_tiny` has text_len = 7, as the official code pads both texts of this batch to 7 tokens. With stride1 the
     official code scores by the product, and so do we, whatever is asked."""

@@ -5,7 +5,6 @@ Read in this order: `load_audio` of sound files, of long ones, of damaged ones; 
 
 import math
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,7 @@ from conftest import full_disk
 from support.audio import load_audio, read_blocks, save_audio
 
 RATE = 16_000
-
-
-@pytest.fixture(autouse=True)
-def no_warning():
-    """A warning that a test does not expect fails it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")  # a warning that a test does not expect fails it
 
 
 def tone(seconds, rate=RATE, hertz=440):

@@ -5,14 +5,13 @@ a server on this machine. Read in this order: every name runs; what is fetched f
 refused; then fine-tuning, and the way back into the published layout.
 """
 
-import csv
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import DATA, assert_one_line
+from conftest import DATA, assert_one_line, losses, read_state
 from published import lay_model, lay_repositories, settings_of
 
 import sample
@@ -74,14 +73,6 @@ def test_a_flag_goes_before_a_setting_that_the_model_brings(hub, call):
     assert "settings of the model: decoding-steps 20 10 10 10, temperature 3.5, guidance-start 20.0\n" in out
 
 
-def test_a_folder_with_all_files_plays_without_a_hub(offline, repositories, call):
-    """As laid by hand: codec and text encoder in the model's folder, or next to it."""
-    folder = lay_model(offline / "models" / "mine", "magnet-small-10secs")
-    (folder / "encodec_32khz").symlink_to(repositories / "facebook" / "encodec_32khz")
-    (folder.parent / "t5-base").symlink_to(repositories / "google-t5" / "t5-base")
-    assert RELEASED in play(call, folder)
-
-
 # -------------------------------------------------------------------------------------------------------- the settings
 
 def at(path, value):
@@ -114,8 +105,6 @@ REFUSED = [  # (model, setting, its value), each named in the message
         (f"{LM}.activation", "relu"), (f"{LM}.norm", "rms_norm"), (f"{LM}.layer_scale", 1e-4),
         (f"{LM}.past_context", 100), (f"{LM}.kv_repeat", 2), *((f"{LM}.{name}", True) for name in (
             "xpos", "bias_ff", "bias_attn", "bias_proj", "qk_layer_norm", "qk_layer_norm_cross"))))]
-
-
 NAMED = {"fuser.prepend": "a melody-conditioned model", "interleave_stereo_codebooks.use": "a stereo model",
          f"{LM}.positional_embedding": "rotary embeddings", f"{LM}.norm_first": "a post-norm model",
          f"{DELAY}.delay.delays": "not delayed by one frame", f"{DELAY}.modeling": "not delayed by one frame"}
@@ -155,35 +144,30 @@ def tune(hub, call, tmp_path):
     return tune
 
 
-def read_run(folder):
-    with open(folder / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return torch.load(folder / "checkpoint.pt", weights_only=True), [float(row["loss"]) for row in rows]
-
-
 def test_fine_tuning_takes_all_from_the_published_model_learns_and_plays_with_its_settings(tune, call, tmp_path):
     ended = tune("run", "--steps 50 --val-every 50 --save-every 50")
     assert ended.code == 0, ended.err
-    state, losses = read_run(tmp_path / "run")
+    state, loss = read_state(tmp_path / "run"), losses(tmp_path / "run")
     config, sampling = state["config"], state["sampling"]
     assert (config["seconds"], config["dim"], config["text_len"], config["span_len"]) == (10, 16, 0, 3)
     assert config["text_encoder"] == "t5-base" and (sampling["schedule"], sampling["top_p"]) == ("released", 0.9)
-    assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.3, "in nats"
+    assert sum(loss[-10:]) / 10 < sum(loss[:10]) / 10 - 0.3, "in nats"
     assert "settings of the model: decoding-steps 20 10 10 10, schedule released" in play(call, "run")
     assert tune("again", model="run").code == 0, "a tuned model can be tuned further"
-    assert read_run(tmp_path / "again")[0]["sampling"] == sampling
+    assert read_state(tmp_path / "again")["sampling"] == sampling
 
 
 def test_train_blocks_trains_the_last_blocks_and_the_heads_and_checkpoint_blocks_changes_nothing(tune, tmp_path):
     before = load_model("facebook/magnet-small-10secs")[0].state_dict()
     for out, flags in (("all", ""), ("last", "--train-blocks 1"), ("again", "--train-blocks 1 --checkpoint-blocks")):
         assert tune(out, flags).code == 0
-    changed = {out: {name.split(".")[0] for name, weight in read_run(tmp_path / out)[0]["model"].items()
-                     if not weight.equal(before[name])} for out in ("all", "last")}
+    weights = {out: read_state(tmp_path / out)["model"] for out in ("all", "last", "again")}
+    changed = {out: {name.split(".")[0] for name in before if not weights[out][name].equal(before[name])}
+               for out in weights}
     assert changed["all"] == {"text_proj", "emb", "blocks", "out_norm", "heads"}
     assert changed["last"] == {"blocks", "out_norm", "heads"}
-    (last, losses), (again, other) = (read_run(tmp_path / out) for out in ("last", "again"))
-    assert losses == other and all(weight.equal(again["model"][name]) for name, weight in last["model"].items())
+    assert losses(tmp_path / "last") == losses(tmp_path / "again")
+    assert all(weight.equal(weights["again"][name]) for name, weight in weights["last"].items())
 
 
 @pytest.mark.parametrize("flags, words", [

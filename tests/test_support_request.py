@@ -208,14 +208,12 @@ def test_sample_says_that_out_cannot_be_written_before_the_model_is_loaded(call,
     assert_one_line(call(sample, "a flute", "--out", "/proc/x.wav"), "/proc/x.wav: cannot be written")
 
 
-NAN = torch.full((32,), torch.nan)
-
-
 def test_sample_and_resume_name_a_checkpoint_that_does_not_hold_what_it_should(call, tiny_run, train_tiny, tmp_path):
+    nan = torch.full((32,), torch.nan)
     for changes, word in (({"model_config__dim": 1 << 40, "config__dim": 1 << 40}, "dim must be"),
                           ({"model_config__colour": "red", "config__colour": "red"}, "colour"),
                           ({"model_config": [1], "config": [1]}, ""),
-                          ({"ema__out_norm.bias": NAN, "model__out_norm.bias": NAN}, "not finite")):
+                          ({"ema__out_norm.bias": nan, "model__out_norm.bias": nan}, "not finite")):
         path = changed(tiny_run, tmp_path / "checkpoint.pt", **changes)
         for ended in (call(sample, "a flute", "--model", path),
                       call(train, "--out", tmp_path, "--resume", "--cache", train_tiny.cache)):

@@ -5,7 +5,6 @@ export; the judge and what `toy.evaluate` measures.
 """
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,10 @@ from encodec_wrap import load_codec
 from model import load_model
 from support.files import save_whole
 from t5_encoder import T5Encoder
-from toy import world
+from toy import export, train_codec, world
 from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts, wilson
-from toy.export import main as export
 from toy.judge import cross_check, load_judge
 from toy.signals import pitch
-from toy.train_codec import main as train_codec
 from toy.train_text import draw_caption
 from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, WORDS, caption, combinations, describe, render
 
@@ -130,25 +127,21 @@ def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_token
         assert tokenizer.unk_id() not in ids and tokenizer.decode(ids) == text
 
 
-def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_codec.py", "--out", str(tmp_path), "--steps", "5", "--clips", "3",
-                                      "--batch-size", "2", "--seconds", "0.1"])
-    train_codec()
-    codec = load_codec(tmp_path / "codec.pt")
+def test_however_short_its_training_a_codec_has_codebooks(call):
+    call(train_codec, *"--out new --steps 5 --clips 3 --batch-size 2 --seconds 0.1".split())
+    codec = load_codec("new/codec.pt")
     assert all(layer._codebook.inited and layer._codebook.embed.any() for layer in codec.model.quantizer.vq.layers)
 
 
 def test_export_keeps_what_sampling_needs_in_few_bits_and_sampling_flags_become_the_models_own(
-        make_magnet, tmp_path, monkeypatch):
+        make_magnet, tmp_path, call):
     model = make_magnet()
     content = {"config": {"a": 1}, "model_config": vars(model.config), "codec": "../codec.pt", "text_encoder": "toy",
                "step": 7, "codec_id": "c0", "text_encoder_id": "e0", "ema": model.state_dict(), "model": {},
                "optimizer": {}, "rng": {}}
     save_whole(content, tmp_path / "run" / "checkpoint.pt")
     (tmp_path / "codec.pt").touch()
-    flags = "--guidance-start 3 --top-p 0.9 --decoding-steps 40 10 10 10".split()
-    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "run"), str(tmp_path / "out/small.pt"), *flags])
-    export()
+    call(export, *"run out/small.pt --guidance-start 3 --top-p 0.9 --decoding-steps 40 10 10 10".split())
     small = torch.load(tmp_path / "out/small.pt", weights_only=True)
     assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling", "scales"}
     loaded, own = load_model(tmp_path / "out/small.pt")

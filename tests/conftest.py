@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import http.server
+import json
 import os
 import re
 import resource
@@ -19,6 +20,7 @@ import pytest
 import soundfile
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 import train
 from model import MAGNeT, ModelConfig, load_model
@@ -115,6 +117,15 @@ def random_text(model, B=2, L=3, seed=0):
     return text, torch.ones(B, L, dtype=torch.bool)
 
 
+def lay(folder, tensors, config, file="pytorch_model.bin"):
+    """Write a folder in the layout of Hugging Face: tensors in a file of either kind, and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    torch.save(tensors, folder / file) if file.endswith(".bin") else save_file(tensors, folder / file)
+    return folder
+
+
 def drawn(mask):
     """A (rows, columns) mask as text, "x" for True, so that a failure shows both pictures."""
     return ["".join("x" if cell else "." for cell in row) for row in mask.tolist()]
@@ -145,14 +156,12 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         revision, _, file = rest.partition("/")
         path = self.server.folder / repository / file
         self.content = path.read_bytes() if path.is_file() else b""
+        etag = f'"{hashlib.sha256(self.content).hexdigest()}"'
+        why = "EntryNotFound" if (self.server.folder / repository).is_dir() else "RepoNotFound"
         self.send_response(200 if path.is_file() else 404)
         self.send_header("X-Repo-Commit", self.server.commit if revision == "main" else revision)
         self.send_header("Content-Length", str(len(self.content)))
-        if path.is_file():
-            self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
-        else:
-            known = (self.server.folder / repository).is_dir()
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+        self.send_header(*("ETag", etag) if path.is_file() else ("X-Error-Code", why))
         self.end_headers()
 
     def do_GET(self):

@@ -22,9 +22,7 @@ from sample import SamplingConfig, clip_streams, draw_tokens, generate, hide_non
 from t5_encoder import T5Encoder
 
 STEPS = (5, 3, 3, 2)
-ARRANGEMENTS = pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
 SCORINGS = pytest.mark.parametrize("scoring", ["max", "prod"])
-OBJECTIVES = pytest.mark.parametrize("objective", ["magnet", "ar", "hybrid"])
 
 
 class Fixed(MAGNeT):
@@ -141,17 +139,10 @@ def test_nucleus_is_the_smallest_set_of_top_tokens_that_holds_top_p_and_at_most_
         assert got[got > 0].equal(probs[got > 0]), "what is kept is not changed"
 
 
-def test_draw_gives_tokens_in_proportion_to_their_weights_and_never_one_of_weight_zero():
-    """A thousand uniform numbers, evenly spread; the weights need not add up to 1. Then the ends of [0, 1), the last of
-    which is 1 - 2^-24, and around every sum of weights."""
+def test_draw_gives_tokens_in_proportion_to_their_weights():
+    """A thousand uniform numbers, evenly spread; the weights need not add up to 1."""
     tokens = sample.draw(torch.tensor([[1.0, 0.6, 0.0, 0.4]]).expand(1000, -1), (torch.arange(1000) + 0.5) / 1000)
     assert tokens.bincount(minlength=4).tolist() == [500, 300, 0, 200]
-    for weights in ([0.0, 0.3, 0.3, 0.3, 0.0], [0.1] * 9 + [0.0], [0.0, 1e-38, 0.0], [1 / 3, 0, 1 / 3, 0, 1 / 3, 0]):
-        row = torch.tensor(weights)
-        ends = (row.cumsum(0) / row.sum()).clamp(max=1 - 2**-24)
-        uniform = torch.cat([torch.tensor([0.0, 2**-24, 1 - 2**-24]), ends, ends.nextafter(torch.tensor(0.0))])
-        tokens = sample.draw(row.expand(len(uniform), -1), uniform)
-        assert (row[tokens] > 0).all(), f"weights {weights}: tokens {tokens.tolist()}"
 
 
 def test_draw_never_gives_a_token_of_weight_zero_however_the_sums_are_rounded(monkeypatch):
@@ -245,7 +236,7 @@ def test_a_stage_hides_as_many_spans_as_the_schedule_says(P, n, make_magnet):
         assert spans.tolist() == [max(int(math.cos(math.pi / 2 * i / 10) * n), 1)] * 2, f"step {i}"
 
 
-@ARRANGEMENTS
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
 @SCORINGS
 @pytest.mark.parametrize("given", [slice(0, 0), slice(0, 7), slice(20, 50)])
 @pytest.mark.of("decode_stage")
@@ -344,19 +335,14 @@ def test_rescoring_keeps_what_the_rescorer_likes_and_changes_only_the_ranking(ma
 
 # ----------------------------------------------------------------------------------------- autoregressive and hybrid
 
-def teacher_forced(model, codes, *text):
-    """Logits (B, K, T, card) of given codes in one pass, without a cache."""
-    delayed = delay_codes(codes, model.mask_id)
-    return undelay(model(delayed, None, *text, mask=causal_attention_mask(*[delayed.shape[2]] * 2)), shift=-1)
-
-
 @pytest.mark.parametrize("P", [0, 6])
 @pytest.mark.of("decode_autoregressively")
 def test_greedy_autoregressive_tokens_are_those_of_one_pass_without_a_cache(P, make_magnet):
     """Guidance included: each token of the result is what the whole result's own guided logits ask for."""
     model = make_magnet(objective="ar")
     codes = steps_of(model, to_fill(model, 15, slice(P)), greedy=True, ar_guidance=2.0)[-1]["codes"]
-    cond, uncond = teacher_forced(model, codes, *random_text(model)), teacher_forced(model, codes)
+    delayed, mask = delay_codes(codes, model.mask_id), causal_attention_mask(19, 19)  # 15 frames, 4 codebooks
+    cond, uncond = (undelay(model(delayed, None, *text, mask=mask), shift=-1) for text in (random_text(model), ()))
     assert (uncond + 2 * (cond - uncond)).argmax(dim=-1)[:, :, P:].equal(codes[:, :, P:])
 
 

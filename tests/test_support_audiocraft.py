@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import DATA, assert_one_line, losses, read_state
+from conftest import assert_one_line, losses, read_state
 from published import lay_model, lay_repositories, settings_of
 
 import sample
@@ -29,7 +29,7 @@ from t5_encoder import T5Encoder
 @pytest.fixture(scope="session")
 def repositories(tmp_path_factory):
     """A folder with all repositories that the published names need; to be read only."""
-    return lay_repositories(tmp_path_factory.mktemp("hub"), DATA)
+    return lay_repositories(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ def play(call, model, *flags):
     return ended.out
 
 
+LM, T5, DELAY = "transformer_lm", "conditioners.description.t5", "codebooks_pattern"
 RELEASED = "schedule released"
 SOUNDS = f"temperature 3.5, top-p 0.8, guidance-start 20.0, decoding-steps 20 10 10 10, {RELEASED}".split(", ")
 BROUGHT = {  # the settings that each family brings, where they are not the defaults
@@ -73,8 +74,6 @@ def test_a_flag_goes_before_a_setting_that_the_model_brings(hub, call):
     assert "settings of the model: decoding-steps 20 10 10 10, temperature 3.5, guidance-start 20.0\n" in out
 
 
-# -------------------------------------------------------------------------------------------------------- the settings
-
 def at(path, value):
     """A change of the setting at "a.b.c"."""
     def change(settings):
@@ -83,9 +82,6 @@ def at(path, value):
             settings = settings[key]
         settings[last] = value
     return change
-
-
-LM, T5, DELAY = "transformer_lm", "conditioners.description.t5", "codebooks_pattern"
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -126,21 +122,17 @@ def test_read_settings_leaves_out_no_setting_that_the_network_varies():
     assert set(settings_of("magnet-small-10secs")["transformer_lm"]) - known == unread
 
 
-# --------------------------------------------------------------------------------------------------------- fine-tuning
-
-FEW = "--steps 3 --batch-size 2 --warmup 1 --lr 0.01 --device cpu --dtype fp32 --log-every 1 --sample-every 0".split()
-
-
 @pytest.fixture
 def tune(hub, call, tmp_path):
     """tune(out, flags) fine-tunes a published model on two clips of noise, of which it hears four seconds each."""
+    few = "--steps 3 --batch-size 2 --warmup 1 --lr 0.01 --device cpu --dtype fp32 --log-every 1 --sample-every 0"
     noise = np.random.default_rng(0)
     for name, caption in (("a", "a flute"), ("b", "a bell")):
         soundfile.write(tmp_path / f"{name}.wav", noise.uniform(-0.5, 0.5, 320_000), 32_000)
         (tmp_path / f"{name}.txt").write_text(caption)
 
     def tune(out, flags="", model="facebook/magnet-small-10secs"):
-        return call(train, "--init-from", model, "--data", tmp_path, "--out", out, *FEW, *flags.split())
+        return call(train, "--init-from", model, "--data", tmp_path, "--out", out, *few.split(), *flags.split())
     return tune
 
 
@@ -178,8 +170,6 @@ def test_fine_tuning_refuses_flags_that_contradict_the_model(flags, words, tune,
     assert_one_line(tune("run", flags), words, flags.split()[0])
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
-
-# --------------------------------------------------------------------------------------- back to the published layout
 
 @pytest.mark.parametrize("name", ["magnet-small-10secs", "audio-magnet-small", "musicgen-small", "toy", "toy-ar"])
 def test_an_exported_model_is_read_back_as_it_was(name, hub, call, tmp_path):

@@ -26,28 +26,26 @@ from t5_encoder import T5Encoder
 RATE = 16_000
 
 
-class Spy:
-    """Stands for a function and keeps the rows of all its first arguments in `seen`."""
-
-    def __init__(self, function):
-        self.function, self.seen = function, []
-
-    def __call__(self, rows):
-        self.seen += list(rows)
-        return self.function(rows)
+def spied(function):
+    """The same function, which keeps the rows of all its first arguments in `seen`; `function` is the one itself."""
+    def spy(rows):
+        spy.seen += list(rows)
+        return function(rows)
+    spy.seen, spy.function = [], function
+    return spy
 
 
 @pytest.fixture
 def codec():
     codec = load_codec("toy")
-    codec.encode = Spy(codec.encode)
+    codec.encode = spied(codec.encode)
     return codec
 
 
 @pytest.fixture
 def encoder():
     encoder = T5Encoder.from_pretrained("toy")
-    encoder.encode_text = Spy(encoder.encode_text)
+    encoder.encode_text = spied(encoder.encode_text)
     return encoder
 
 
@@ -231,7 +229,7 @@ def test_load_data_encodes_again_for_other_seconds_codebooks_or_weights(load, co
     with torch.no_grad():
         two.model.encoder.model[0].conv.conv.bias.add_(0.5)
         encoder.final_norm.weight.mul_(2)
-    two.encode = Spy(two.encode)
+    two.encode = spied(two.encode)
     load(three_files, codec=two)
     assert len(two.encode.seen) == 3 and len(encoder.encode_text.seen) == 4
     load(three_files)

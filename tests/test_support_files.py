@@ -15,16 +15,8 @@ import torch
 from conftest import full_disk
 from torch import nn
 
-from support.files import (
-    Companions,
-    fingerprint,
-    load_strictly,
-    located,
-    portable,
-    read_checkpoint,
-    save_whole,
-    whole_file,
-)
+from support import files
+from support.files import Companions, fingerprint, load_strictly, read_checkpoint, save_whole, whole_file
 
 
 def test_whole_file_takes_its_name_at_the_end_only_and_an_error_or_a_stop_keeps_the_old_file_and_no_other(tmp_path):
@@ -146,9 +138,9 @@ def test_portable_settings_are_located_after_the_run_was_moved_with_what_lies_be
     for name in ("here/codec.pt", "far", "toy"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)  # in which there is a file "toy", too
-    kept = portable({"data": "toy", "codec": "here/codec.pt", "seconds": 1}, "here/run")
+    kept = files.portable({"data": "toy", "codec": "here/codec.pt", "seconds": 1}, "here/run")
     assert kept == {"data": "toy", "codec": "../codec.pt", "seconds": 1}
-    assert portable({"codec": "far", "text_encoder": "t5-base"}, "here/run") == {
+    assert files.portable({"codec": "far", "text_encoder": "t5-base"}, "here/run") == {
         "codec": str(tmp_path / "far"), "text_encoder": "t5-base"}
     (tmp_path / "here").rename(tmp_path / "there")
-    assert Path(located(kept, "there/run")["codec"]).samefile("there/codec.pt")
+    assert Path(files.located(kept, "there/run")["codec"]).samefile("there/codec.pt")

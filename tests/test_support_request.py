@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import ROOT, assert_one_line, write_tone
 
 import sample
 import train
@@ -131,22 +131,11 @@ def test_sample_plays_the_toy_model_without_any_flag_to_a_stdout_that_is_closed(
     assert (len(wav), rate) == (64_000, 16_000) and np.abs(wav).max() > 0.05
 
 
-def coded(name):
-    """A file as the codec renders it."""
-    codec = load_codec("toy")
-    wav = load_audio(name, 16_000)
-    return codec.decode(codec.encode(wav[None]))[0, 0, :wav.shape[1]].numpy()
-
-
-def write_song(name, n):
-    rng = np.random.default_rng(0)
-    soundfile.write(name, 0.3 * np.sin(np.arange(n) / 9) + 0.01 * rng.standard_normal(n), 16_000)
-
-
 def test_sample_continues_an_audio_prompt_and_inpaints_a_gap(play):
-    write_song("song.wav", 20_000)
+    write_tone(Path("song.wav"), seconds=1.25, hertz=280)
     play("a flute", "a bell", "--audio-prompt", "song.wav", "--seconds", 2)
-    song, first, second = coded("song.wav"), audio("out-1.wav"), audio("out-2.wav")
+    first, second, codec = audio("out-1.wav"), audio("out-2.wav"), load_codec("toy")
+    song = codec.decode(codec.encode(load_audio("song.wav", 16_000)[None]))[0, 0, :20_000].numpy()
     assert all(np.corrcoef(song[:18_000], clip[:18_000])[0, 1] > 0.98 for clip in (first, second)), "begin with it"
     assert len(first) == 32_000 and np.abs(first[23_000:] - second[23_000:]).max() > 1e-3, "go on in their own ways"
     play("a bell", "--inpaint", "song.wav", "--from", 0.5, "--to", 0.7)
@@ -193,7 +182,7 @@ def test_sample_says_in_one_line_what_is_wrong_and_writes_nothing(flags, call, t
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "text.wav").write_text("la la")
     (tmp_path / "out.wav").write_text("precious")
-    write_song(tmp_path / "full.wav", 16_000)
+    write_tone(tmp_path / "full.wav", seconds=1)
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
     if ".pt" in flags:
         changed(tiny_run, tmp_path / "ar.pt", model_config__objective="ar")

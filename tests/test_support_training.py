@@ -1,4 +1,4 @@
-"""What a run needs around its loop, piece by piece: the log and the parts of a batch.
+"""What a run needs around its loop, piece by piece: the log, and samples that fail.
 
 Whole runs that stop, resume and split up are in test_train.py.
 """
@@ -11,7 +11,6 @@ import torch
 from support.training import Run, drop_rows
 from train import TrainConfig
 
-CPU = torch.device("cpu")
 ROWS = "step,loss,lr,seconds\n1,5.5,1,10\n2,5.25,1,20\n"
 
 
@@ -27,6 +26,6 @@ def test_after_step_tells_of_samples_that_fail_and_training_goes_on(tmp_path, ca
     flags = SimpleNamespace(val_every=9, log_every=9, save_every=9, sample_every=1, sample_captions=["a flute"],
                             out=str(tmp_path / "no_run"))
     run = SimpleNamespace(flags=flags, config=TrainConfig(steps=9), losses=[], total=float,
-                          save=lambda step: None, device=CPU)
+                          save=lambda step: None, device=torch.device("cpu"))
     Run.after_step(run, 1, 5.5, 1e-3)
     assert "could not write samples" in capsys.readouterr().out

@@ -228,7 +228,8 @@ def test_load_model_keeps_weights_of_the_type_asked_for_in_their_file(tmp_path):
     """One copy in memory: q and kv are two parts of one published tensor. Another type is converted."""
     half = {name: tensor.half() for name, tensor in PUBLISHED["best_state"].items()}
     torch.save(PUBLISHED | {"best_state": half}, tmp_path / "state_dict.bin")
-    half, single = (load_model(tmp_path, dtype=dtype)[0].blocks[0].cross_attn for dtype in (torch.float16, torch.float32))
+    models = (load_model(tmp_path, dtype=dtype)[0] for dtype in (torch.float16, torch.float32))
+    half, single = (model.blocks[0].cross_attn for model in models)
     assert half.q.weight.untyped_storage().data_ptr() == half.kv.weight.untyped_storage().data_ptr()
     assert single.q.weight.dtype == torch.float32 and single.q.weight.equal(half.q.weight.float())
 

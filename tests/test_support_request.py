@@ -171,7 +171,7 @@ WRONG = {  # flags: what the line names
     "--audio-prompt full.wav": "shorter than the 1 s", "--audio-prompt text.wav": "text.wav",
     "--audio-prompt none.wav": "none.wav", "--inpaint full.wav": "--from", "--from 0 --to 1": "--inpaint",
     "--inpaint full.wav --from 0.6 --to 0.5": "later --to", "--inpaint full.wav --from 0 --to 9": "full.wav has 1 s",
-    "--inpaint full.wav --from 0 --to 1 --seconds 2": "--seconds", "--model missing": "toy-ar",
+    "--inpaint full.wav --from 0 --to 1 --seconds 2": "--seconds", "--out new/x.wav --model missing": "toy-ar",
     "--rescorer missing": "missing", "--rescorer other.pt": "codec", "--model ar.pt --rescorer ar.pt": "only parallel",
     "--model ar.pt --inpaint full.wav --from 0 --to 0.5": "fill in a gap",
 }
@@ -201,7 +201,7 @@ def test_sample_and_resume_name_a_checkpoint_that_does_not_hold_what_it_should(c
     nan = torch.full((32,), torch.nan)
     for changes, word in (({"model_config__dim": 1 << 40, "config__dim": 1 << 40}, "dim must be"),
                           ({"model_config__colour": "red", "config__colour": "red"}, "colour"),
-                          ({"model_config": [1], "config": [1]}, ""),
+                          ({"model_config": [1], "config": [1]}, ""), ({"ema": [1], "model": [1]}, "not plain tensors"),
                           ({"ema__out_norm.bias": nan, "model__out_norm.bias": nan}, "not finite")):
         path = changed(tiny_run, tmp_path / "checkpoint.pt", **changes)
         for ended in (call(sample, "a flute", "--model", path),

@@ -182,7 +182,12 @@ def print_quality(rows):
 def paired_difference(rows, others, data="toy"):
     """By how many points of adherence `rows` are above `others`, on the same prompts: (mean, low, high) of 95%.
 
-    The seeds of a prompt are averaged before they are compared: they are not trials of their own.
+    The seeds of a prompt are averaged before they are compared: they are not trials of their own. Here 5, 5, 4, 4 of 5
+    attributes against 5, 4, 4, 4, so that the differences of the four prompts are 0, 20, 0 and 0 points:
+
+    >>> found = paired_difference([{"right": "5544"}, {"right": "5544"}], [{"right": "5434"}, {"right": "5454"}])
+    >>> [round(points, 6) for points in found]
+    [5.0, -4.8, 14.8]
     """
     means = (torch.tensor([[int(digit) for digit in row["right"]] for row in cell]).double().mean(dim=0)
              for cell in (rows, others))

@@ -1,7 +1,9 @@
 """What the tests share: golden files, small models, a hub on this machine, tiny training runs; `--mine`, `-m paper`."""
 
+import csv
 import hashlib
 import http.server
+import json
 import os
 import re
 import resource
@@ -9,19 +11,24 @@ import shlex
 import signal
 import sys
 import threading
+from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 import train
 from model import MAGNeT, ModelConfig, load_model
 from support.cli import run
 
 DATA = Path(__file__).parent / "data"
+ROOT = DATA.parents[1]
+Ended = namedtuple("Ended", "code out err")  # of a command: its exit code, and what it wrote
 torch.set_num_threads(1)  # so that a busy machine slows nothing down tenfold
 os.environ["OMP_NUM_THREADS"] = "1"  # nor the processes that tests start
 
@@ -110,9 +117,26 @@ def random_text(model, B=2, L=3, seed=0):
     return text, torch.ones(B, L, dtype=torch.bool)
 
 
+def lay(folder, tensors, config, file="pytorch_model.bin"):
+    """Write a folder in the layout of Hugging Face: tensors in a file of either kind, and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    torch.save(tensors, folder / file) if file.endswith(".bin") else save_file(tensors, folder / file)
+    return folder
+
+
 def drawn(mask):
     """A (rows, columns) mask as text, "x" for True, so that a failure shows both pictures."""
     return ["".join("x" if cell else "." for cell in row) for row in mask.tolist()]
+
+
+def write_tone(path, caption=None, seconds=0.5, hertz=440.0, **more):
+    """A sine at 16 kHz in an audio file, with its caption beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.sin(2 * np.pi * hertz * np.arange(round(seconds * 16_000)) / 16_000) / 2, 16_000, **more)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
 
 
 class RunsCode:
@@ -132,14 +156,12 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         revision, _, file = rest.partition("/")
         path = self.server.folder / repository / file
         self.content = path.read_bytes() if path.is_file() else b""
+        etag = f'"{hashlib.sha256(self.content).hexdigest()}"'
+        why = "EntryNotFound" if (self.server.folder / repository).is_dir() else "RepoNotFound"
         self.send_response(200 if path.is_file() else 404)
         self.send_header("X-Repo-Commit", self.server.commit if revision == "main" else revision)
         self.send_header("Content-Length", str(len(self.content)))
-        if path.is_file():
-            self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
-        else:
-            known = (self.server.folder / repository).is_dir()
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+        self.send_header(*("ETag", etag) if path.is_file() else ("X-Error-Code", why))
         self.end_headers()
 
     def do_GET(self):
@@ -186,13 +208,6 @@ def offline(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
-
-
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -258,6 +273,20 @@ def train_tiny(tmp_path_factory):
 
     train_tiny.cache = cache
     return train_tiny
+
+
+def read_log(run):
+    """The rows of a run's log.csv, but for the time taken."""
+    with (run / "log.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def losses(run):
+    return [float(row["loss"]) for row in read_log(run)]
+
+
+def read_state(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,9 @@
 `data/published_settings.yaml`. `lay_repositories` writes every repository that the published names need.
 """
 
-import json
-from pathlib import Path
-
 import torch
 import yaml
+from conftest import DATA
 
 from encodec_wrap import CODEC_FILE, REPOSITORY, Codec, CodecConfig
 from experiments.export import published_state, write_audiocraft_codec
@@ -17,14 +15,12 @@ from model import PUBLISHED_MODELS, MAGNeT, ModelConfig
 from t5_encoder import REPOSITORIES, T5Config, T5Encoder
 from toy.train_text import save_pretrained
 
-SPIECE = "t5_spiece.model"
-SETTINGS = Path(__file__).parent / "data" / "published_settings.yaml"
 CARD, WIDTHS = 16, {"t5-base": 8, "t5-large": 12}  # entries per codebook; widths of the text encoders
 
 
 def settings_of(name):
     """The settings of a published model as the official code exports them, nested; "musicgen-small", for example."""
-    settings = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    settings = yaml.safe_load((DATA / "published_settings.yaml").read_text(encoding="utf-8"))
     lm = settings["generate"]["lm"]
     if "30secs" in name or "musicgen" in name:
         settings["dataset"]["segment_duration"] = settings["transformer_lm"]["segment_duration"] = 30
@@ -70,17 +66,12 @@ def tiny_codec(sample_rate, ratios):
     return CodecConfig(sample_rate, ratios, codebook_size=CARD, dimension=4, n_filters=2, lstm=2)
 
 
-def lay_repositories(folder, data):
-    """Write owner/name/file for every published model, the 32 kHz codec and the two text encoders; `data`: where T5's
-    tokenizer lies."""
+def lay_repositories(folder):
+    """Write owner/name/file for every published model, the 32 kHz codec and the two text encoders."""
     for name in PUBLISHED_MODELS:
         lay_model(folder / name, name)
     write_codec(Codec(tiny_codec(32_000, (8, 5, 4, 4))), folder / REPOSITORY)
     for name, width in WIDTHS.items():
-        save_pretrained(T5Encoder(T5Config(32_128, width, 4, 8, 1, 2), data / SPIECE), folder / REPOSITORIES[name])
-        (folder / REPOSITORIES[name] / "config.json").write_text(json.dumps({
-            "architectures": ["T5ForConditionalGeneration"], "vocab_size": 32_128, "d_model": width, "d_kv": 4,
-            "d_ff": 8, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "is_encoder_decoder": True,
-            "feed_forward_proj": "relu", "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6,
-            "task_specific_params": {"summarization": {"num_beams": 4}}}))
+        encoder = T5Encoder(T5Config(32_128, width, 4, 8, 1, 2), DATA / "t5_spiece.model")
+        save_pretrained(encoder, folder / REPOSITORIES[name])
     return folder

@@ -9,7 +9,7 @@ import pytest
 from encodec_wrap import load_codec
 from experiments import compare
 from experiments.ablations import read_rows
-from experiments.compare import PROMPTS, SPLITS, WEIGHTS, crossings, paired_difference
+from experiments.compare import PROMPTS, SPLITS, WEIGHTS, crossings
 from sample import SamplingConfig
 from support.files import fingerprint, save_whole
 from t5_encoder import T5Encoder
@@ -74,12 +74,6 @@ def test_each_cell_is_played_by_its_model_with_its_settings_and_rescorer(compare
                       *(("magnet", own, "ar", w, 5) for w in WEIGHTS), *(("hybrid", s, None, 0.0, 5) for s in PROMPTS)]
     assert {row["right"] for row in rows} == {"3434"}
     assert [bool(row["rescorer"]) for row in rows] == [w > 0 for *_, w, _ in played]
-
-
-def test_a_paired_difference_takes_each_prompt_once_and_averages_its_seeds():
-    mean, low, high = paired_difference([{"right": "5544"}, {"right": "5544"}], [{"right": "5434"}, {"right": "5454"}])
-    assert mean == pytest.approx(5)  # 5 5 4 4 against 5 4 4 4: one attribute of the five in one clip of four
-    assert mean - low == pytest.approx(1.96 * 5) == pytest.approx(high - mean)  # 0, 20, 0, 0
 
 
 def test_latency_times_both_ways_of_decoding_once_and_is_drawn(compared, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """What the experiments promise: results that are written whole, found again, and drawn as they are."""
 
-import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +14,18 @@ from t5_encoder import T5Config, T5Encoder
 
 
 @pytest.fixture
-def ablate(tmp_path, monkeypatch):
+def ablate(call, tmp_path, monkeypatch):
     """ablate("flags", measure) runs the ablations, with `measure` in place of listening, and writes into tmp_path."""
     monkeypatch.setattr(ablations, "RESULTS", tmp_path)
 
     def ablate(flags, measure):
         monkeypatch.setattr(ablations, "measure", measure)
-        monkeypatch.setattr(sys, "argv", ["ablations.py", *flags.split()])
-        ablations.main()
+        return call(ablations, *flags.split())
 
     return ablate
 
 
-def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate, tmp_path, monkeypatch, capsys):
+def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate, call, tmp_path, monkeypatch):
     measured = []
 
     def measure(model, config, seed, args):
@@ -45,12 +43,11 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate,
     assert model.startswith("toy ") and len(model) == len("toy ") + 8, "the name and whose weights"
 
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plots.py"])
-    plots.main()
+    printed = call(plots).out.splitlines()
     assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG"
     row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 7.2 | "  # intervals of 100 clips, 50 for each seed
     row += "+10.0 (-9.6 to +29.6) |"  # against 3 -> 1: one attribute of five more in one clip of two
-    assert row in capsys.readouterr().out.splitlines()
+    assert row in printed
 
 
 def test_spans_train_once_and_go_on_where_they_were_cut(ablate, tmp_path, monkeypatch):
@@ -68,8 +65,7 @@ def test_spans_train_once_and_go_on_where_they_were_cut(ablate, tmp_path, monkey
 
     monkeypatch.setattr(ablations, "CONTEXTS", (100.0,))
     monkeypatch.setattr(ablations.subprocess, "run", train)
-    with pytest.raises(KeyboardInterrupt):
-        ablate(flags, None)
+    assert ablate(flags, None).code == 130
     for _ in range(2):
         ablate(flags, lambda *_, **__: {"overall_seen": 0.5})
     assert len(commands) == 2 and commands[1] == [*commands[0], "--resume"]

@@ -19,7 +19,7 @@ from masking import causal_attention_mask, delay_codes, mask_codes, restricted_a
 from model import Cache, attention, load_model, local_attention, positions, text_attention_mask
 from support.files import Companions
 
-# ------------------------------------------------------------------------------------------------------------ attention
+PUBLISHED = torch.load(DATA / "magnet_tiny_state_dict.bin", weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,10 +61,8 @@ def test_local_attention_never_holds_a_tensor_of_frames_times_frames(make_magnet
         assert max(sizes) <= 60 * T, f"a tensor of {max(sizes)} numbers: memory should grow as T * context, not T * T"
 
 
-# ------------------------------------------------------------------------------------------ who reaches whom [Fig. 8]
-
 def frames_that_reach(model, frame, stage, T):
-    """The input frames that get a gradient when the logits of one frame are back-propagated."""
+    """[Fig. 8] The input frames that get a gradient when the logits of one frame are back-propagated."""
     reached = []
     for table in model.emb:
         table.register_forward_hook(lambda table, args, out: out.retain_grad() or reached.append(out))
@@ -176,7 +174,13 @@ def test_repr_says_what_kind_of_model_it_is(make_magnet):
         assert words in repr(make_magnet(**fields))
 
 
-# ----------------------------------------------------------------------------------------------- the cache, score_codes
+@pytest.mark.of("MAGNeT.forward")
+def test_codes_a_stage_or_a_text_of_another_model_are_refused(make_magnet):
+    for fields, stage in (({"n_codebooks": 3}, 0), ({}, 4), ({"text_dim": 9}, 0)):
+        other = make_magnet(**fields)
+        with pytest.raises(ValueError, match="this model"):
+            make_magnet()(random_codes(other), stage, *random_text(other))
+
 
 @pytest.mark.parametrize("parts", [[1] * 12, [7, 1, 4], [12]], ids=str)
 @pytest.mark.of("Cache.append")
@@ -213,17 +217,6 @@ def test_score_codes_of_codebook_1_knows_what_the_delay_has_written_before(make_
         assert drawn(changes[None]) == ["x" * (last + 1) + "." * (7 - last)], f"the frames of codebook {level}"
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
-
-PUBLISHED = torch.load(DATA / "magnet_tiny_state_dict.bin", weights_only=True)
-
-
-def save(content, path):
-    path.parent.mkdir(exist_ok=True)
-    torch.save(content, path)
-    return path
-
-
 def test_load_model_gives_back_what_was_saved(make_magnet, tmp_path):
     model = make_magnet(context=7)
     inputs, path = (random_codes(model), 1, *random_text(model)), tmp_path / "checkpoint.pt"
@@ -240,16 +233,18 @@ def test_load_model_gives_back_what_was_saved(make_magnet, tmp_path):
 def test_load_model_keeps_weights_of_the_type_asked_for_in_their_file(tmp_path):
     """One copy in memory: q and kv are two parts of one published tensor. Another type is converted."""
     half = {name: tensor.half() for name, tensor in PUBLISHED["best_state"].items()}
-    path = save(PUBLISHED | {"best_state": half}, tmp_path / "state_dict.bin")
-    half, single = (load_model(path, dtype=dtype)[0].blocks[0].cross_attn for dtype in (torch.float16, torch.float32))
+    torch.save(PUBLISHED | {"best_state": half}, tmp_path / "state_dict.bin")
+    models = (load_model(tmp_path, dtype=dtype)[0] for dtype in (torch.float16, torch.float32))
+    half, single = (model.blocks[0].cross_attn for model in models)
     assert half.q.weight.untyped_storage().data_ptr() == half.kv.weight.untyped_storage().data_ptr()
     assert single.q.weight.dtype == torch.float32 and single.q.weight.equal(half.q.weight.float())
 
 
 def test_load_model_finds_codec_and_text_encoder_that_lie_beside_it(tmp_path):
-    folder = save(PUBLISHED, tmp_path / "model" / "state_dict.bin").parent
+    folder = tmp_path / "model"
     for place in ("encodec_32khz", "model/t5-base"):
-        (tmp_path / place).mkdir()
+        (tmp_path / place).mkdir(parents=True)
+    torch.save(PUBLISHED, folder / "state_dict.bin")
     found = load_model(folder)[1]
     assert (found.codec, found.text_encoder) == (str(tmp_path / "encodec_32khz"), str(folder / "t5-base"))
     for file in ("compression_state_dict.bin", "spiece.model"):
@@ -279,7 +274,7 @@ BAD_FILES = {  # name: (content, what the message says)
 def test_load_model_names_the_file_and_what_is_wrong_in_one_line(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, words = BAD_FILES[kind]
-    save(content, tmp_path / "state_dict.bin")
+    torch.save(content, tmp_path / "state_dict.bin")
     with pytest.raises(ValueError, match=rf"state_dict\.bin: .*{words}") as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["state_dict.bin"]

@@ -50,20 +50,9 @@ def my(tmp_path):
     return write
 
 
-@pytest.fixture
-def put_in_place(my, request):
-    """put_in_place(name, source) -> the folder; mine is in place of ours until the test ends."""
-    def put(name, source):
-        request.addfinalizer(mine.plant(my(name, source)))
-        return my(name, source)
-    return put
-
-
 def first_failure(name, folder=None):
     return next(filter(None, check.run_examples(exercises.BOOK[name].function, folder)), None)
 
-
-# ----------------------------------------------------------------------------------------------------------- paper map
 
 def test_paper_map_is_complete_and_the_readme_is_as_it_writes_it():
     found = functions()
@@ -80,14 +69,6 @@ def test_paper_map_names_a_tag_that_is_no_part_of_the_paper_and_a_tagged_functio
     assert "masking.f: its docstring's [Eq. 99] is no part of the paper" in lines
     assert "masking.f: has the tag [Eq. 99] and no test" in lines and "masking.span_mask" not in lines
 
-
-def test_functions_know_their_tests_by_name_or_by_the_marker_of():
-    tests = {name: [test.name for test in function.tests] for name, function in functions().items()}
-    assert all(name.startswith("test_span_mask_") for name in tests["masking.span_mask"]) and tests["masking.span_mask"]
-    assert any(not name.startswith("test_decode_stage_") for name in tests["sample.decode_stage"]), "by its marker"
-
-
-# ------------------------------------------------------------------------------- exercises, mine in place of ours
 
 @pytest.mark.parametrize("name", exercises.BOOK)
 def test_an_exercises_examples_hold_for_ours(name):
@@ -135,8 +116,10 @@ def test_plant_puts_mine_everywhere_it_is_used_and_takes_it_away_without_a_trace
 
 
 @pytest.mark.parametrize("end", WRONG)
-def test_check_tells_wrong_span_masks_apart_and_shows_the_line_of_mine_that_raises(end, put_in_place):
-    failure = first_failure("span_mask", put_in_place("span_mask", SPAN_MASK.format(end)))
+def test_check_tells_wrong_span_masks_apart_and_shows_the_line_of_mine_that_raises(end, my, request):
+    folder = my("span_mask", SPAN_MASK.format(end))
+    request.addfinalizer(mine.plant(folder))
+    failure = first_failure("span_mask", folder)
     assert WRONG[end] in failure.claim + failure.told and "File" not in failure.told
     assert all(words in failure.told for words in ("put in", "came out", "expected")) or "'x'" in end
 
@@ -167,8 +150,6 @@ def test_check_runs_the_functions_tests_with_mine_and_says_what_came_out(my):
     assert exercises.state(exercises.EXERCISES["guidance_scale"], my("guidance_scale", wrong)).endswith("changed since")
 
 
-# ------------------------------------------------------------------------------------------------------------ mistakes
-
 def test_there_are_at_least_45_mistakes_each_in_a_function_of_which_claims_speak():
     known = mistakes.read_mistakes()
     assert len(known) >= 45
@@ -190,8 +171,6 @@ def test_cost_compares_a_mistake_with_the_right_code_clip_by_clip():
                      "diversity": {"samples of one prompt": 9.96}} for digits in ("54", "34"))
     assert mistakes.row("m", wrong, right) == "| m | 85.0% | -10.0 (-29.6 to +9.6) | 300 | 10.0 |"
 
-
-# ----------------------------------------------------------------------------------------------------- the decode page
 
 @pytest.fixture
 def page(make_magnet):

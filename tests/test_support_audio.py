@@ -5,7 +5,6 @@ Read in this order: `load_audio` of sound files, of long ones, of damaged ones; 
 
 import math
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,10 @@ import soxr
 import torch
 from conftest import full_disk
 
-from support.audio import check_audio_path, load_audio, read_blocks, save_audio
+from support.audio import load_audio, read_blocks, save_audio
 
 RATE = 16_000
-
-
-@pytest.fixture(autouse=True)
-def no_warning():
-    """A warning that a test does not expect fails it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")  # a warning that a test does not expect fails it
 
 
 def tone(seconds, rate=RATE, hertz=440):
@@ -166,12 +158,3 @@ def test_save_audio_refuses_samples_that_are_not_finite(tmp_path):
     with pytest.raises(ValueError, match="out.wav.*finite"):
         save_audio(tmp_path / "out.wav", torch.tensor([[0.0, math.nan]]), RATE)
     assert os.listdir(tmp_path) == []
-
-
-def test_check_audio_path_refuses_other_names_and_folders_and_makes_nothing(tmp_path):
-    check_audio_path(tmp_path / "new" / "out.ogg")
-    (tmp_path / "song.wav").mkdir()
-    for path in (tmp_path / "out.mp3", tmp_path / "song.wav", "/proc/x.wav"):
-        with pytest.raises((ValueError, OSError), match=f"{path}: "):
-            check_audio_path(path)
-    assert os.listdir(tmp_path) == ["song.wav"]

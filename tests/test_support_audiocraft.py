@@ -5,14 +5,13 @@ a server on this machine. Read in this order: every name runs; what is fetched f
 refused; then fine-tuning, and the way back into the published layout.
 """
 
-import csv
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import DATA, assert_one_line
+from conftest import assert_one_line, losses, read_state
 from published import lay_model, lay_repositories, settings_of
 
 import sample
@@ -30,7 +29,7 @@ from t5_encoder import T5Encoder
 @pytest.fixture(scope="session")
 def repositories(tmp_path_factory):
     """A folder with all repositories that the published names need; to be read only."""
-    return lay_repositories(tmp_path_factory.mktemp("hub"), DATA)
+    return lay_repositories(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture
@@ -46,6 +45,7 @@ def play(call, model, *flags):
     return ended.out
 
 
+LM, T5, DELAY = "transformer_lm", "conditioners.description.t5", "codebooks_pattern"
 RELEASED = "schedule released"
 SOUNDS = f"temperature 3.5, top-p 0.8, guidance-start 20.0, decoding-steps 20 10 10 10, {RELEASED}".split(", ")
 BROUGHT = {  # the settings that each family brings, where they are not the defaults
@@ -74,16 +74,6 @@ def test_a_flag_goes_before_a_setting_that_the_model_brings(hub, call):
     assert "settings of the model: decoding-steps 20 10 10 10, temperature 3.5, guidance-start 20.0\n" in out
 
 
-def test_a_folder_with_all_files_plays_without_a_hub(offline, repositories, call):
-    """As laid by hand: codec and text encoder in the model's folder, or next to it."""
-    folder = lay_model(offline / "models" / "mine", "magnet-small-10secs")
-    (folder / "encodec_32khz").symlink_to(repositories / "facebook" / "encodec_32khz")
-    (folder.parent / "t5-base").symlink_to(repositories / "google-t5" / "t5-base")
-    assert RELEASED in play(call, folder)
-
-
-# -------------------------------------------------------------------------------------------------------- the settings
-
 def at(path, value):
     """A change of the setting at "a.b.c"."""
     def change(settings):
@@ -92,9 +82,6 @@ def at(path, value):
             settings = settings[key]
         settings[last] = value
     return change
-
-
-LM, T5, DELAY = "transformer_lm", "conditioners.description.t5", "codebooks_pattern"
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -114,8 +101,6 @@ REFUSED = [  # (model, setting, its value), each named in the message
         (f"{LM}.activation", "relu"), (f"{LM}.norm", "rms_norm"), (f"{LM}.layer_scale", 1e-4),
         (f"{LM}.past_context", 100), (f"{LM}.kv_repeat", 2), *((f"{LM}.{name}", True) for name in (
             "xpos", "bias_ff", "bias_attn", "bias_proj", "qk_layer_norm", "qk_layer_norm_cross"))))]
-
-
 NAMED = {"fuser.prepend": "a melody-conditioned model", "interleave_stereo_codebooks.use": "a stereo model",
          f"{LM}.positional_embedding": "rotary embeddings", f"{LM}.norm_first": "a post-norm model",
          f"{DELAY}.delay.delays": "not delayed by one frame", f"{DELAY}.modeling": "not delayed by one frame"}
@@ -137,53 +122,44 @@ def test_read_settings_leaves_out_no_setting_that_the_network_varies():
     assert set(settings_of("magnet-small-10secs")["transformer_lm"]) - known == unread
 
 
-# --------------------------------------------------------------------------------------------------------- fine-tuning
-
-FEW = "--steps 3 --batch-size 2 --warmup 1 --lr 0.01 --device cpu --dtype fp32 --log-every 1 --sample-every 0".split()
-
-
 @pytest.fixture
 def tune(hub, call, tmp_path):
     """tune(out, flags) fine-tunes a published model on two clips of noise, of which it hears four seconds each."""
+    few = "--steps 3 --batch-size 2 --warmup 1 --lr 0.01 --device cpu --dtype fp32 --log-every 1 --sample-every 0"
     noise = np.random.default_rng(0)
     for name, caption in (("a", "a flute"), ("b", "a bell")):
         soundfile.write(tmp_path / f"{name}.wav", noise.uniform(-0.5, 0.5, 320_000), 32_000)
         (tmp_path / f"{name}.txt").write_text(caption)
 
     def tune(out, flags="", model="facebook/magnet-small-10secs"):
-        return call(train, "--init-from", model, "--data", tmp_path, "--out", out, *FEW, *flags.split())
+        return call(train, "--init-from", model, "--data", tmp_path, "--out", out, *few.split(), *flags.split())
     return tune
-
-
-def read_run(folder):
-    with open(folder / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return torch.load(folder / "checkpoint.pt", weights_only=True), [float(row["loss"]) for row in rows]
 
 
 def test_fine_tuning_takes_all_from_the_published_model_learns_and_plays_with_its_settings(tune, call, tmp_path):
     ended = tune("run", "--steps 50 --val-every 50 --save-every 50")
     assert ended.code == 0, ended.err
-    state, losses = read_run(tmp_path / "run")
+    state, loss = read_state(tmp_path / "run"), losses(tmp_path / "run")
     config, sampling = state["config"], state["sampling"]
     assert (config["seconds"], config["dim"], config["text_len"], config["span_len"]) == (10, 16, 0, 3)
     assert config["text_encoder"] == "t5-base" and (sampling["schedule"], sampling["top_p"]) == ("released", 0.9)
-    assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.3, "in nats"
+    assert sum(loss[-10:]) / 10 < sum(loss[:10]) / 10 - 0.3, "in nats"
     assert "settings of the model: decoding-steps 20 10 10 10, schedule released" in play(call, "run")
     assert tune("again", model="run").code == 0, "a tuned model can be tuned further"
-    assert read_run(tmp_path / "again")[0]["sampling"] == sampling
+    assert read_state(tmp_path / "again")["sampling"] == sampling
 
 
 def test_train_blocks_trains_the_last_blocks_and_the_heads_and_checkpoint_blocks_changes_nothing(tune, tmp_path):
     before = load_model("facebook/magnet-small-10secs")[0].state_dict()
     for out, flags in (("all", ""), ("last", "--train-blocks 1"), ("again", "--train-blocks 1 --checkpoint-blocks")):
         assert tune(out, flags).code == 0
-    changed = {out: {name.split(".")[0] for name, weight in read_run(tmp_path / out)[0]["model"].items()
-                     if not weight.equal(before[name])} for out in ("all", "last")}
+    weights = {out: read_state(tmp_path / out)["model"] for out in ("all", "last", "again")}
+    changed = {out: {name.split(".")[0] for name in before if not weights[out][name].equal(before[name])}
+               for out in weights}
     assert changed["all"] == {"text_proj", "emb", "blocks", "out_norm", "heads"}
     assert changed["last"] == {"blocks", "out_norm", "heads"}
-    (last, losses), (again, other) = (read_run(tmp_path / out) for out in ("last", "again"))
-    assert losses == other and all(weight.equal(again["model"][name]) for name, weight in last["model"].items())
+    assert losses(tmp_path / "last") == losses(tmp_path / "again")
+    assert all(weight.equal(weights["again"][name]) for name, weight in weights["last"].items())
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -194,8 +170,6 @@ def test_fine_tuning_refuses_flags_that_contradict_the_model(flags, words, tune,
     assert_one_line(tune("run", flags), words, flags.split()[0])
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
-
-# --------------------------------------------------------------------------------------- back to the published layout
 
 @pytest.mark.parametrize("name", ["magnet-small-10secs", "audio-magnet-small", "musicgen-small", "toy", "toy-ar"])
 def test_an_exported_model_is_read_back_as_it_was(name, hub, call, tmp_path):

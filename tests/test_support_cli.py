@@ -13,12 +13,11 @@ import sys
 import typing
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Ended, assert_one_line
+from conftest import ROOT, Ended, assert_one_line
 
 import sample
 import train
@@ -28,8 +27,6 @@ from support import cli
 from support.cli import Config, Parser, add_flags, from_flags, option, pick_device, pick_dtype
 from support.request import Request
 from train import RunConfig, TrainConfig
-
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass

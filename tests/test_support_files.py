@@ -13,19 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import full_disk
-from safetensors.torch import save_file
 from torch import nn
 
-from support.files import (
-    Companions,
-    fingerprint,
-    load_strictly,
-    located,
-    portable,
-    read_checkpoint,
-    save_whole,
-    whole_file,
-)
+from support import files
+from support.files import Companions, fingerprint, load_strictly, read_checkpoint, save_whole, whole_file
 
 
 def test_whole_file_takes_its_name_at_the_end_only_and_an_error_or_a_stop_keeps_the_old_file_and_no_other(tmp_path):
@@ -98,15 +89,6 @@ def test_read_checkpoint_names_a_file_that_is_damaged_or_something_else_or_lacks
         read_checkpoint(path, keys=("weight", "step", "rng"))
 
 
-def test_read_checkpoint_reads_safetensors_and_the_shards_of_an_index_too(weights, tmp_path):
-    save_file({"weight": weights["weight"]}, tmp_path / "1.safetensors")
-    save_whole({"bias": weights["bias"]}, tmp_path / "2.bin")
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"weight": "1.safetensors", "bias": "2.bin"}}')
-    content = read_checkpoint(index)
-    assert content.keys() == weights.keys() and all(content[name].equal(weights[name]) for name in weights)
-
-
 BAD = {  # what is done to the weight: what the message says
     "bias is missing": (lambda w: {"bias": ...}, "tensor bias is missing"),
     "one too many": (lambda w: {"more": w}, "tensor more is unexpected"),
@@ -141,15 +123,6 @@ def test_load_strictly_multiplies_rows_stored_in_8_bits_by_their_scales(weights)
             load_strictly(model, stored, "a.pt", scales={"weight": torch.ones(shape)})
 
 
-def test_load_strictly_gives_a_model_without_memory_the_tensors_in_the_type_asked_for(weights):
-    with torch.device("meta"):
-        model = nn.Linear(40, 30)
-    load_strictly(model, weights, "a.pt", torch.bfloat16, "cpu")
-    assert model.weight.equal(weights["weight"].bfloat16()) and model.weight.device.type == "cpu"
-    with pytest.raises(ValueError, match="a.pt: its weights are not plain tensors"):
-        load_strictly(model, [weights["weight"]], "a.pt")
-
-
 def test_companions_check_refuses_a_codec_or_text_encoder_of_other_weights():
     codec, encoder = nn.Linear(2, 2), nn.Linear(3, 3)
     companions = Companions("c.pt", "t5", fingerprint(codec), fingerprint(encoder))
@@ -165,9 +138,9 @@ def test_portable_settings_are_located_after_the_run_was_moved_with_what_lies_be
     for name in ("here/codec.pt", "far", "toy"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)  # in which there is a file "toy", too
-    kept = portable({"data": "toy", "codec": "here/codec.pt", "seconds": 1}, "here/run")
+    kept = files.portable({"data": "toy", "codec": "here/codec.pt", "seconds": 1}, "here/run")
     assert kept == {"data": "toy", "codec": "../codec.pt", "seconds": 1}
-    assert portable({"codec": "far", "text_encoder": "t5-base"}, "here/run") == {
+    assert files.portable({"codec": "far", "text_encoder": "t5-base"}, "here/run") == {
         "codec": str(tmp_path / "far"), "text_encoder": "t5-base"}
     (tmp_path / "here").rename(tmp_path / "there")
-    assert Path(located(kept, "there/run")["codec"]).samefile("there/codec.pt")
+    assert Path(files.located(kept, "there/run")["codec"]).samefile("there/codec.pt")

@@ -9,10 +9,10 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -92,7 +92,7 @@ def test_fetch_obeys_the_environment_variables_of_the_library(local_hub, tmp_pat
     code = f"from support.hub import fetch; print(fetch({NAME!r}, 'config.json'))"
     env = {"HF_ENDPOINT": local_hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    ended = subprocess.run([sys.executable, "-c", code], env=kept | env, cwd=Path(__file__).parents[1],
+    ended = subprocess.run([sys.executable, "-c", code], env=kept | env, cwd=ROOT,
                            capture_output=True, text=True, check=True)
     assert ended.stdout.startswith(str(tmp_path / "home" / "hub")) and local_hub.token == "Bearer hf_secret"
 

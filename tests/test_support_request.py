@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import assert_one_line
+from conftest import ROOT, assert_one_line, write_tone
 
 import sample
 import train
@@ -25,7 +25,6 @@ from sample import SamplingConfig, clip_streams, generate
 from support.audio import load_audio
 from support.request import Request, plan_clips, windows
 
-ROOT = Path(__file__).parent.parent
 FEW_STEPS = ["--decoding-steps", "3", "2", "1", "1"]
 
 
@@ -132,22 +131,11 @@ def test_sample_plays_the_toy_model_without_any_flag_to_a_stdout_that_is_closed(
     assert (len(wav), rate) == (64_000, 16_000) and np.abs(wav).max() > 0.05
 
 
-def coded(name):
-    """A file as the codec renders it."""
-    codec = load_codec("toy")
-    wav = load_audio(name, 16_000)
-    return codec.decode(codec.encode(wav[None]))[0, 0, :wav.shape[1]].numpy()
-
-
-def write_song(name, n):
-    rng = np.random.default_rng(0)
-    soundfile.write(name, 0.3 * np.sin(np.arange(n) / 9) + 0.01 * rng.standard_normal(n), 16_000)
-
-
 def test_sample_continues_an_audio_prompt_and_inpaints_a_gap(play):
-    write_song("song.wav", 20_000)
+    write_tone(Path("song.wav"), seconds=1.25, hertz=280)
     play("a flute", "a bell", "--audio-prompt", "song.wav", "--seconds", 2)
-    song, first, second = coded("song.wav"), audio("out-1.wav"), audio("out-2.wav")
+    first, second, codec = audio("out-1.wav"), audio("out-2.wav"), load_codec("toy")
+    song = codec.decode(codec.encode(load_audio("song.wav", 16_000)[None]))[0, 0, :20_000].numpy()
     assert all(np.corrcoef(song[:18_000], clip[:18_000])[0, 1] > 0.98 for clip in (first, second)), "begin with it"
     assert len(first) == 32_000 and np.abs(first[23_000:] - second[23_000:]).max() > 1e-3, "go on in their own ways"
     play("a bell", "--inpaint", "song.wav", "--from", 0.5, "--to", 0.7)
@@ -183,7 +171,7 @@ WRONG = {  # flags: what the line names
     "--audio-prompt full.wav": "shorter than the 1 s", "--audio-prompt text.wav": "text.wav",
     "--audio-prompt none.wav": "none.wav", "--inpaint full.wav": "--from", "--from 0 --to 1": "--inpaint",
     "--inpaint full.wav --from 0.6 --to 0.5": "later --to", "--inpaint full.wav --from 0 --to 9": "full.wav has 1 s",
-    "--inpaint full.wav --from 0 --to 1 --seconds 2": "--seconds", "--model missing": "toy-ar",
+    "--inpaint full.wav --from 0 --to 1 --seconds 2": "--seconds", "--out new/x.wav --model missing": "toy-ar",
     "--rescorer missing": "missing", "--rescorer other.pt": "codec", "--model ar.pt --rescorer ar.pt": "only parallel",
     "--model ar.pt --inpaint full.wav --from 0 --to 0.5": "fill in a gap",
 }
@@ -194,7 +182,7 @@ def test_sample_says_in_one_line_what_is_wrong_and_writes_nothing(flags, call, t
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "text.wav").write_text("la la")
     (tmp_path / "out.wav").write_text("precious")
-    write_song(tmp_path / "full.wav", 16_000)
+    write_tone(tmp_path / "full.wav", seconds=1)
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
     if ".pt" in flags:
         changed(tiny_run, tmp_path / "ar.pt", model_config__objective="ar")
@@ -209,14 +197,12 @@ def test_sample_says_that_out_cannot_be_written_before_the_model_is_loaded(call,
     assert_one_line(call(sample, "a flute", "--out", "/proc/x.wav"), "/proc/x.wav: cannot be written")
 
 
-NAN = torch.full((32,), torch.nan)
-
-
 def test_sample_and_resume_name_a_checkpoint_that_does_not_hold_what_it_should(call, tiny_run, train_tiny, tmp_path):
+    nan = torch.full((32,), torch.nan)
     for changes, word in (({"model_config__dim": 1 << 40, "config__dim": 1 << 40}, "dim must be"),
                           ({"model_config__colour": "red", "config__colour": "red"}, "colour"),
-                          ({"model_config": [1], "config": [1]}, ""),
-                          ({"ema__out_norm.bias": NAN, "model__out_norm.bias": NAN}, "not finite")):
+                          ({"model_config": [1], "config": [1]}, ""), ({"ema": [1], "model": [1]}, "not plain tensors"),
+                          ({"ema__out_norm.bias": nan, "model__out_norm.bias": nan}, "not finite")):
         path = changed(tiny_run, tmp_path / "checkpoint.pt", **changes)
         for ended in (call(sample, "a flute", "--model", path),
                       call(train, "--out", tmp_path, "--resume", "--cache", train_tiny.cache)):

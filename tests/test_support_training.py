@@ -1,4 +1,4 @@
-"""What a run needs around its loop, piece by piece: the log and the parts of a batch.
+"""What a run needs around its loop, piece by piece: the log, and samples that fail.
 
 Whole runs that stop, resume and split up are in test_train.py.
 """
@@ -8,11 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support import training
 from support.training import Run, drop_rows
 from train import TrainConfig
 
-CPU = torch.device("cpu")
 ROWS = "step,loss,lr,seconds\n1,5.5,1,10\n2,5.25,1,20\n"
 
 
@@ -24,22 +22,10 @@ def test_drop_rows_drops_those_after_the_checkpoint_and_what_was_torn_and_gives_
     assert drop_rows(tmp_path / "log.csv", 0) == 0 and (tmp_path / "log.csv").read_text() == ROWS.splitlines(True)[0]
 
 
-def test_parts_gives_every_process_its_own_rows_and_all_of_them_once(monkeypatch):
-    batch, seen = {"codes": torch.arange(24).view(12, 2), "stage": torch.arange(12)}, []
-    run = SimpleNamespace(config=TrainConfig(accumulate=3), device=CPU)
-    monkeypatch.setattr(training, "WORLD", 2)
-    for rank in (0, 1):
-        monkeypatch.setattr(training, "RANK", rank)
-        for part in Run.parts(run, batch):
-            assert part["codes"].equal(batch["codes"][part["stage"]]), "the rows of all tensors belong together"
-            seen.append(part["stage"].tolist())
-    assert len(seen) == 6 and sorted(sum(seen, [])) == list(range(12))
-
-
 def test_after_step_tells_of_samples_that_fail_and_training_goes_on(tmp_path, capsys):
     flags = SimpleNamespace(val_every=9, log_every=9, save_every=9, sample_every=1, sample_captions=["a flute"],
                             out=str(tmp_path / "no_run"))
     run = SimpleNamespace(flags=flags, config=TrainConfig(steps=9), losses=[], total=float,
-                          save=lambda step: None, device=CPU)
+                          save=lambda step: None, device=torch.device("cpu"))
     Run.after_step(run, 1, 5.5, 1e-3)
     assert "could not write samples" in capsys.readouterr().out

@@ -8,12 +8,10 @@ whose token ids are in `data/t5_token_ids.json`. `data/t5_spiece.model` is T5's 
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DATA
-from safetensors.torch import save_file
+from conftest import DATA, lay
 
 from support.files import fingerprint
 from t5_encoder import REPOSITORIES, T5Config, T5Encoder, relative_buckets
@@ -22,30 +20,19 @@ from toy.train_text import save_pretrained
 SPIECE = DATA / "t5_spiece.model"
 CAPTIONS = ["80s electronic track with a groovy bass", "", "smooth jazz", " \n\t", None]
 FILES = ("pytorch_model.bin", "config.json", "spiece.model")
-SMALL = T5Config(32_000, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
-NETWORK = T5Config(500, 64, 16, 128, num_layers=4, num_heads=4)
 
 
 @pytest.fixture
 def encoder():
     """A small random encoder with T5's own tokenizer."""
     torch.manual_seed(0)
-    return T5Encoder(SMALL, SPIECE)
+    return T5Encoder(T5Config(32_000, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4), SPIECE)
 
 
 def published(name="t5_tiny"):
     """Tensors and settings of a small encoder, as they are published."""
     golden = torch.load(DATA / f"{name}_forward.pt", weights_only=True)
     return torch.load(DATA / f"{name}_pytorch_model.bin", weights_only=True), golden["config"]
-
-
-def lay(folder, tensors, config, file="pytorch_model.bin"):
-    """Write a folder in the published layout, without a tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    torch.save(tensors, folder / file) if file.endswith(".bin") else save_file(tensors, folder / file)
-    return folder
 
 
 def assert_same_weights(one, other):
@@ -66,7 +53,7 @@ def test_relative_buckets_keep_near_distances_apart_then_grow_logarithmically_th
 @pytest.mark.of("T5Encoder")
 def test_layers_of_new_weights_keep_the_scale_without_scaled_scores_and_all_are_trained(kind):
     torch.manual_seed(0)
-    encoder, outputs = T5Encoder(replace(NETWORK, feed_forward_proj=kind)), []
+    encoder, outputs = T5Encoder(T5Config(500, 64, 16, 128, num_layers=4, num_heads=4, feed_forward_proj=kind)), []
     attention, x = encoder.blocks[0].attention, torch.randn(200, 64)
     q, k = (y(x).view(200, 4, 16).transpose(0, 1) for y in (attention.q, attention.k))
     assert 0.7 < (q @ k.transpose(1, 2)).std() < 1.4, "the scores of a head"
@@ -74,8 +61,7 @@ def test_layers_of_new_weights_keep_the_scale_without_scaled_scores_and_all_are_
         layer.register_forward_hook(lambda module, inputs, output: outputs.append(output.std()))
     encoder(torch.arange(500).view(4, 125), torch.ones(4, 125)).square().mean().backward()
     assert all(0.1 < scale < 2 for scale in outputs)
-    for name, parameter in encoder.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in encoder.parameters())
 
 
 def test_forward_computes_in_float32_under_autocast_where_fp16_would_overflow(encoder):

@@ -5,7 +5,6 @@ export; the judge and what `toy.evaluate` measures.
 """
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,10 @@ from encodec_wrap import load_codec
 from model import load_model
 from support.files import save_whole
 from t5_encoder import T5Encoder
-from toy import world
-from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts, wilson
-from toy.export import main as export
+from toy import export, train_codec, world
+from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts
 from toy.judge import cross_check, load_judge
-from toy.mel import log_mel, mel_spectrogram
 from toy.signals import pitch
-from toy.train_codec import main as train_codec
 from toy.train_text import draw_caption
 from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, WORDS, caption, combinations, describe, render
 
@@ -116,13 +112,8 @@ def test_caption_varies_its_words_and_no_two_values_share_a_word():
     assert all(any(word in text for text in texts) for name in WORDS for word in WORDS[name][attributes[name]])
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return T5Encoder.from_pretrained("toy")
-
-
-def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_tokenizer_knows(encoder):
-    rng, tokenizer = np.random.default_rng(0), encoder.tokenizer
+def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_tokenizer_knows():
+    rng, tokenizer = np.random.default_rng(0), T5Encoder.from_pretrained("toy").tokenizer
     for _ in range(200):
         text, labels = draw_caption(rng)
         said, ids = says(text), tokenizer.encode(text)
@@ -131,34 +122,21 @@ def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_token
         assert tokenizer.unk_id() not in ids and tokenizer.decode(ids) == text
 
 
-def test_mel_spectrogram_shows_a_tone_where_it_is_and_log_mel_ends_at_its_floor():
-    mel = mel_spectrogram(torch.sin(2 * torch.pi * 1000 * torch.arange(16_000) / SAMPLE_RATE)[None], SAMPLE_RATE)
-    assert mel.shape == (1, 64, 63)
-    edges = 700 * (10 ** (torch.linspace(0, 2595 * np.log10(1 + 8000 / 700), 66) / 2595) - 1)
-    band = mel.mean(dim=2).argmax().item()
-    assert edges[band] < 1000 < edges[band + 2]
-    assert log_mel(torch.zeros(1)).item() == pytest.approx(np.log(1e-2))
-
-
-def test_however_short_its_training_a_codec_has_codebooks(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_codec.py", "--out", str(tmp_path), "--steps", "5", "--clips", "3",
-                                      "--batch-size", "2", "--seconds", "0.1"])
-    train_codec()
-    codec = load_codec(tmp_path / "codec.pt")
+def test_however_short_its_training_a_codec_has_codebooks(call):
+    call(train_codec, *"--out new --steps 5 --clips 3 --batch-size 2 --seconds 0.1".split())
+    codec = load_codec("new/codec.pt")
     assert all(layer._codebook.inited and layer._codebook.embed.any() for layer in codec.model.quantizer.vq.layers)
 
 
 def test_export_keeps_what_sampling_needs_in_few_bits_and_sampling_flags_become_the_models_own(
-        make_magnet, tmp_path, monkeypatch):
+        make_magnet, tmp_path, call):
     model = make_magnet()
     content = {"config": {"a": 1}, "model_config": vars(model.config), "codec": "../codec.pt", "text_encoder": "toy",
                "step": 7, "codec_id": "c0", "text_encoder_id": "e0", "ema": model.state_dict(), "model": {},
                "optimizer": {}, "rng": {}}
     save_whole(content, tmp_path / "run" / "checkpoint.pt")
     (tmp_path / "codec.pt").touch()
-    flags = "--guidance-start 3 --top-p 0.9 --decoding-steps 40 10 10 10".split()
-    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "run"), str(tmp_path / "out/small.pt"), *flags])
-    export()
+    call(export, *"run out/small.pt --guidance-start 3 --top-p 0.9 --decoding-steps 40 10 10 10".split())
     small = torch.load(tmp_path / "out/small.pt", weights_only=True)
     assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling", "scales"}
     loaded, own = load_model(tmp_path / "out/small.pt")
@@ -197,12 +175,6 @@ def test_frechet_distance_of_shifted_gaussians_is_the_squared_shift():
     assert frechet(a, a) == pytest.approx(0, abs=1e-6)
     assert frechet(a, a + 0.5) == pytest.approx(6 * 0.25, abs=1e-6)
     assert frechet(a, 2 * a) == pytest.approx((a.var(dim=0).sum() + a.mean(dim=0).square().sum()).item(), rel=1e-6)
-
-
-def test_wilson_interval_holds_the_share_and_narrows_with_n():
-    low, high = wilson(0.9, 100)
-    assert (round(low, 3), round(high, 3)) == (0.826, 0.945)
-    assert wilson(1.0, 100)[1] == pytest.approx(1) and wilson(0.9, 1000)[0] > low
 
 
 def test_swapped_prompts_differ_in_the_words_for_one_attribute_only():

@@ -16,9 +16,8 @@ from encodec_wrap import load_codec
 from t5_encoder import T5Encoder
 from toy import band, memory, signals, tunebook, tunes, weights_of
 from toy.judge import KeyNet, draw_clips, load_judge, through_codec
-from toy.mel import onset_bands, pitch_profile
+from toy.mel import pitch_profile
 from toy.train_codec import check
-from toy.train_text import draw_caption
 from toy.tunes import ATTRIBUTES, PAIR, PITCHES, PROGRAMS, RATES, SAMPLE_RATE, SPLITS, UNSEEN_PAIRS, WORDS
 
 PACKAGES = ("music21", "symusic", "tinysoundfont", "pretty_midi")
@@ -101,13 +100,6 @@ def test_tunes_swing_moves_notes_inside_a_group_and_never_its_first(dance, group
     assert np.array_equal(swung, units) == (dance == "reel")
 
 
-def test_tunes_harmony_is_the_chord_that_holds_most_of_the_bar():
-    lengths = np.array([4, 4, 4])
-    assert band.harmony(np.array([0, 4, 7]), lengths, "major") == (0, 4, 7)
-    assert band.harmony(np.array([5, 9, 0]), lengths, "major") == (5, 9, 12)
-    assert band.harmony(np.array([10, 2, 5]), lengths, "minor") == (10, 14, 17)
-
-
 def test_tunes_families_join_a_copy_in_another_key_with_changes_and_no_stranger():
     rng = np.random.default_rng(0)
     one, other = (rng.integers(60, 80, 80) for _ in range(2))
@@ -118,24 +110,12 @@ def test_tunes_families_join_a_copy_in_another_key_with_changes_and_no_stranger(
     assert tunebook.families(tunes_of) == [0, 1, 0, 0]
 
 
-def test_memory_runs_leave_out_repeated_notes():
-    assert memory.runs([60, 62, 62, 64, 60], length=2) == [(2, 2), (2, -4)]
-    assert memory.runs([60, 62], length=2) == []
-
-
 def test_memory_nearest_codes_is_one_for_a_copy_and_counts_equal_frames_and_embeddings_by_distance():
     bank = torch.tensor([[[1, 2, 3, 4]], [[1, 1, 1, 1]]])  # (m, K, T)
     codes = torch.tensor([[[1, 1, 1, 1]], [[1, 2, 9, 9]]])
     assert memory.nearest_codes(codes, bank).tolist() == [1.0, 0.5]
     bank = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     assert memory.nearest_embeddings(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), bank).tolist() == pytest.approx([1, 0])
-
-
-def test_tunes_caption_labels_tell_what_is_left_unsaid():
-    rng = np.random.default_rng(0)
-    for caption, labels in (draw_caption(rng, place=tunes) for _ in range(100)):
-        for (name, values), label in zip(ATTRIBUTES.items(), labels, strict=True):
-            assert label == len(values) or values[label] in said(caption)[name], (caption, name)
 
 
 def test_codec_check_measures_no_distance_of_a_copy_and_half_of_half_the_level():
@@ -152,14 +132,6 @@ def tones(pitches, seconds=1.0):
     """Plain tones of these MIDI pitches together: (1, S)."""
     t = torch.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     return sum(torch.sin(2 * np.pi * 440 * 2 ** ((pitch - 69) / 12) * t) for pitch in pitches)[None]
-
-
-def test_mel_pitch_profile_peaks_at_the_pitch_that_sounds_and_onset_bands_rise_where_it_begins():
-    profile = pitch_profile(tones([69]), SAMPLE_RATE).flatten()
-    assert profile.argmax() == 3 * (69 - 28), "thirds of a semitone above E1, MIDI pitch 28"
-    wav = torch.cat([torch.zeros(1, SAMPLE_RATE // 2), tones([69], 0.5)], dim=1)
-    rises = onset_bands(wav, SAMPLE_RATE)[0, :7].sum(dim=0)
-    assert abs(rises.argmax().item() - 50) <= 2, "half a second, in steps of 10 ms"
 
 
 def test_judge_key_net_hears_the_same_in_every_key_and_another_mode_as_another():

@@ -27,7 +27,12 @@ def swing(dance, units):
 
 
 def harmony(degrees, lengths, mode):
-    """The chord of the key that holds most of a bar's notes, semitones above the tonic: (root, third, fifth)."""
+    """The chord of the key that holds most of a bar's notes, semitones above the tonic: (root, third, fifth).
+
+    >>> lengths = np.array([4, 4, 4])
+    >>> [harmony(bar, lengths, "major") for bar in ([0, 4, 7], [5, 9, 0])], harmony([10, 2, 5], lengths, "minor")
+    ([(0, 4, 7), (5, 9, 12)], (10, 14, 17))
+    """
     chords = [(0, 4, 7), (5, 9, 12), (7, 11, 14)] if mode == "major" else [(0, 3, 7), (5, 8, 12), (10, 14, 17)]
     return max(chords, key=lambda chord: lengths[np.isin(degrees, np.mod(chord, 12))].sum() + (chord[0] == 0))
 

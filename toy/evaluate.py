@@ -40,7 +40,11 @@ def labels_of(attributes, place=world):
 
 
 def wilson(share, n, z=1.96):
-    """The 95% confidence interval of a share seen in n trials: (low, high)."""
+    """The 95% confidence interval of a share seen in n trials: (low, high).
+
+    >>> [[round(end, 3) for end in wilson(share, n)] for share, n in ((0.9, 100), (0.9, 1000), (1.0, 100))]
+    [[0.826, 0.945], [0.88, 0.917], [0.963, 1.0]]
+    """
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)

@@ -29,7 +29,6 @@ from toy.evaluate import SPLITS, evaluate, with_interval
 
 WEIGHTS, PROMPTS = (0.25, 0.5, 0.75), (0.0, 1.0, 2.0, 4.0)  # of the rescorer; seconds of a hybrid's prompt
 SIBLINGS = {"MAGNeT + rescoring": "MAGNeT", "hybrid 0 s": "MAGNeT", "hybrid 4 s": "autoregressive"}
-BEFORE = "hybrid, two alignments"  # the hybrid whose positions after the prompt predicted their own code, not the next
 FRAME_RATE = 50  # of the models of `latency`
 SHAPES = {  # of the models of `latency`
     "small": {"dim": 1024, "n_heads": 16, "n_layers": 24, "card": 2048, "text_dim": 768},  # as magnet-small
@@ -203,11 +202,9 @@ def print_differences(rows, data="toy"):
         cells.setdefault((row["method"], row["setting"]), []).append(row)
     for (method, setting), cell in cells.items():
         sibling = SIBLINGS.get(method) or SIBLINGS.get(f"{method} {setting}")
-        for other in ((sibling, ""), (BEFORE, setting) if method == "hybrid" else None):
-            if other in cells:
-                middle, low, high = paired_difference(cell, cells[other], data)
-                say(f"{method} {setting} against {' '.join(other).strip()}: {middle:+.1f} points ({low:+.1f} to "
-                    f"{high:+.1f})")
+        if (sibling, "") in cells:
+            middle, low, high = paired_difference(cell, cells[sibling, ""], data)
+            say(f"{method} {setting} against {sibling}: {middle:+.1f} points ({low:+.1f} to {high:+.1f})")
 
 
 def plot_latency(plt, rows, path):

@@ -42,13 +42,13 @@ LATENCY = ("method", "shape", "dtype", "batch", "length", "seconds", "repeats", 
 
 # ------------------------------------------------------------------------------------------------------------- quality
 
-def quality_cells(models):
+def quality_cells(models, weights):
     """(method, setting, model, changed sampling settings, weight of the rescorer), for the models there are."""
     magnet, ar, hybrid = (models.get(kind) for kind in ("magnet", "ar", "hybrid"))
     cells = [("autoregressive", "", ar, {}, 0.0)] if ar else []
     if magnet:
         cells += [("MAGNeT", "", magnet, {}, 0.0)]
-        cells += [("MAGNeT + rescoring", f"w {w:g}", magnet, {}, w) for w in WEIGHTS if ar]
+        cells += [("MAGNeT + rescoring", f"w {w:g}", magnet, {}, w) for w in weights if ar]
     return cells + [("hybrid", f"{s:g} s", hybrid, {"hybrid_seconds": s}, 0.0) for s in PROMPTS if hybrid]
 
 
@@ -80,7 +80,7 @@ def compare_quality(args):
         check_objective(name, kind)
     labels = {name: name_with_weights(name) for name in models.values()}
     device, path = pick_device(args.device), RESULTS / file_of("quality", args.data)
-    for seed, (method, setting, name, changes, weight) in product(args.seeds, quality_cells(models)):
+    for seed, (method, setting, name, changes, weight) in product(args.seeds, quality_cells(models, args.weights)):
         rescorer = models["ar"] if weight else None
         cell = {"method": method, "setting": setting, "seed": seed, "model": labels[name], "n_prompts": args.n // 2 * 2,
                 "rescorer": labels.get(rescorer, ""), "dtype": str(pick_dtype("auto", device)).removeprefix("torch.")}
@@ -264,6 +264,7 @@ def main():
     parser.add_argument("--data", choices=WORLDS, default="toy", help="quality: the world that is played and judged")
     parser.add_argument("--judge", help="quality: a judge's file; default: the one that ships for the world")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="quality: of the sampling")
+    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="quality: of the rescorer")
     parser.add_argument("--n", type=int, default=100, help="quality: prompts per cell, half of them unseen pairs")
     parser.add_argument("--shape", default="toy", choices=SHAPES, help="latency: of the model")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="latency: sizes")

@@ -42,9 +42,8 @@ def tiny_models(tmp_path, make_magnet):
 
 
 def test_quality_plays_and_judges_every_cell_once_and_is_drawn(compared, tiny_models, monkeypatch):
-    monkeypatch.setattr(compare, "WEIGHTS", (1.0,))
     monkeypatch.setattr(compare, "PROMPTS", (0.5,))
-    flags = f"quality {tiny_models} --n 4 --seeds 0"
+    flags = f"quality {tiny_models} --n 4 --seeds 0 --weights 1"
     rows = read_rows(compared(flags) / "quality.csv")
     assert [row["method"] for row in rows] == ["autoregressive", "MAGNeT", "MAGNeT + rescoring", "hybrid"]
     for row in rows:

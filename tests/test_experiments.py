@@ -33,8 +33,8 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate,
         return {"overall_seen": 0.5, "overall_unseen": 0.25, "frechet": 3.0, "diversity": 7.25,
                 "right": "55" if config.guidance_end == 3 else "54"}
 
-    for _ in range(2):
-        ablate("guidance --model toy --seeds 0 1", measure)
+    for flags in ("--seeds 1 --settings 20", "--seeds 0 1", "--seeds 0 1"):  # none is called 20, then all, then the same
+        ablate(f"guidance --model toy {flags}", measure)
     assert len(measured) == len(set(measured)) == 2 * len(SAMPLING_CELLS["guidance"])
     assert ("toy", 10.0, 1.0, 1) in measured and ("toy", 3.0, 3.0, 0) in measured
     rows = read_rows(tmp_path / "guidance.csv")

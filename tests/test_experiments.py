@@ -33,21 +33,22 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate,
         return {"overall_seen": 0.5, "overall_unseen": 0.25, "frechet": 3.0, "diversity": 7.25,
                 "right": "55" if config.guidance_end == 3 else "54"}
 
-    for flags in ("--seeds 1 --settings 20", "--seeds 0 1", "--seeds 0 1"):  # none is called 20, then all, then the same
-        ablate(f"guidance --model toy {flags}", measure)
+    for _ in range(2):
+        ablate("guidance --model toy --seeds 0 1", measure)
     assert len(measured) == len(set(measured)) == 2 * len(SAMPLING_CELLS["guidance"])
     assert ("toy", 10.0, 1.0, 1) in measured and ("toy", 3.0, 3.0, 0) in measured
     rows = read_rows(tmp_path / "guidance.csv")
     assert len(rows) == len(measured) and tuple(rows[0]) == columns_of("toy")
     model, = {row["model"] for row in rows}
     assert model.startswith("toy ") and len(model) == len("toy ") + 8, "the name and whose weights"
-
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
     printed = call(plots).out.splitlines()
     assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG"
     row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 7.2 | "  # intervals of 100 clips, 50 for each seed
     row += "+10.0 (-9.6 to +29.6) |"  # against 3 -> 1: one attribute of five more in one clip of two
     assert row in printed
+    ablate("steps --seeds 0 --settings 5", measure)
+    assert len(read_rows(tmp_path / "steps.csv")) == 1, "the cell that is named"
 
 
 def test_spans_train_once_and_go_on_where_they_were_cut(ablate, tmp_path, monkeypatch):

@@ -50,7 +50,8 @@ SAMPLING_CELLS = {
     "order": {f"{arrangement}, {scoring}": {"span_arrangement": arrangement, "span_scoring": scoring}
               for arrangement in ("nonoverlap", "stride1") for scoring in ("max", "prod")},
 }
-OWN = {"guidance": "3 -> 1", "steps": "20", "sampling": "T 3, p 0.9", "order": "nonoverlap, max"}  # of what ships
+OWN = {"guidance": "3 -> 1", "steps": "20", "sampling": "T 3, p 0.9", "order": "nonoverlap, max",  # of what ships
+       "spans": "span 3, context restricted"}
 
 
 def columns_of(data):

@@ -5,14 +5,15 @@ of entries. The frozen codec and text encoder see every clip once; training read
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -159,22 +160,29 @@ def cut_clips(blocks, length):
 
 def encode_audio(entries, codec, length, device, bad, keys):
     """Yield (key, (codes (n, K, T) int16, n_frames (n,))) of the entries {key: Entry} with these keys; bad[key] says
-    why one cannot be read."""
-    for key in tqdm(keys, desc="encoding audio", disable=not keys):
-        codes, n_frames, silent = [], [], 0
-        try:
-            clips = cut_clips(entries[key].read(), length)
-            while batch := list(islice(clips, BATCH)):
-                wav = torch.from_numpy(np.stack([clip for clip, _ in batch]))[:, None].to(device)
-                codes.append(codec.encode(wav).cpu().to(torch.int16))
-                n_frames += [math.ceil(n / codec.hop_length) for _, n in batch]
-                silent += int((wav.abs().amax(dim=(1, 2)) < SILENT).sum())
-        except (ValueError, OSError) as error:
-            bad[key] = str(error)
-            continue
-        if silent:  # as stereo is whose channels cancel each other out
-            say(f"note: {entries[key].name}: {silent} of its {len(n_frames)} clips are silent in mono")
-        yield key, (torch.cat(codes), torch.tensor(n_frames))
+    why one cannot be read. The first clips of the next one are read while the codec works."""
+    def begin(key):
+        clips = cut_clips(entries[key].read(), length)
+        return itertools.chain(list(itertools.islice(clips, BATCH)), clips)
+
+    with ThreadPoolExecutor(1) as reader:
+        reading = map(partial(reader.submit, begin), keys)  # each is begun when it is asked for
+        coming = next(reading, None)
+        for key in tqdm(keys, desc="encoding audio", disable=not keys):
+            ready, coming, codes, n_frames, silent = coming, next(reading, None), [], [], 0
+            try:
+                clips = ready.result()
+                while batch := list(itertools.islice(clips, BATCH)):
+                    wav = torch.from_numpy(np.stack([clip for clip, _ in batch]))[:, None].to(device)
+                    codes.append(codec.encode(wav).cpu().to(torch.int16))
+                    n_frames += [math.ceil(n / codec.hop_length) for _, n in batch]
+                    silent += int((wav.abs().amax(dim=(1, 2)) < SILENT).sum())
+            except (ValueError, OSError) as error:
+                bad[key] = str(error)
+            else:
+                if silent:  # as stereo is whose channels cancel each other out
+                    say(f"note: {entries[key].name}: {silent} of its {len(n_frames)} clips are silent in mono")
+                yield key, (torch.cat(codes), torch.tensor(n_frames))
 
 
 def encode_captions(encoder, captions, batch=64):

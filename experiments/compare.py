@@ -174,7 +174,8 @@ def print_quality(rows):
         cell = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
         n = sum(int(row["n_prompts"]) for row in cell) // 2
         shares = (with_interval(mean(float(row[f"overall_{kind}"]) for row in cell), n) for kind in SPLITS)
-        rest = (format(mean(float(row[name]) for row in cell), ".3g") for name in ("frechet", "seconds_per_clip"))
+        rest = (format(mean(float(row[name]) for row in cell), form)
+                for name, form in (("frechet", ".0f"), ("seconds_per_clip", ".3g")))
         say("| " + " | ".join((method, setting, *shares, *rest)) + " |")
 
 

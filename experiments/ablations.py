@@ -172,7 +172,8 @@ def main():
     parser.add_argument("--steps", type=int, default=18_000, help="training steps of each model of `spans`")
     parser.add_argument("--span-lengths", type=int, nargs="+", default=[1, 2, 3, 5, 10], help="frames, of `spans`")
     parser.add_argument("--train-flags", default="", help="more flags for train.py, as one string")
-    parser.add_argument("--settings", nargs="+", help="only these cells, as the results name them; not of `spans`")
+    parser.add_argument("--settings", nargs="+", choices=[cell for cells in SAMPLING_CELLS.values() for cell in cells],
+                        help="only these cells, as the results name them; not of `spans`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--n", type=int, default=100, help="prompts per cell, half of them unseen pairs")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the trained models")

@@ -1,6 +1,7 @@
 """Draw the CSV files of `experiments.ablations`: one PNG beside each, and a table of it in Markdown on the screen.
 
     python -m experiments.plots
+    python -m experiments.plots --against "constant 10"
 """
 
 from statistics import mean
@@ -52,11 +53,12 @@ def draw(rows, path):
     plt.close(figure)
 
 
-def print_table(rows, data):
+def print_table(rows, data, against=None):
     """Means over the seeds; shares with the interval of that many clips, of which half are of each kind. Last, where
-    clips were noted one by one: how many points of adherence more than the models' own setting, paired by prompt."""
-    trained, own = bool(rows[0]["val_1"]), OWN.get(rows[0]["experiment"])
+    clips were noted one by one: how many points of adherence more than the setting `against`, or, where there is none,
+    than the models' own, paired by prompt."""
     cells_of = {setting: [row for row in rows if row["setting"] == setting] for setting in by_setting(rows)}
+    trained, own = bool(rows[0]["val_1"]), against if against in cells_of else OWN.get(rows[0]["experiment"])
     paired = own in cells_of and all(row.get("right") for row in rows)
     titles = [rows[0]["experiment"], *MEASURES.values(), *["cross-entropy of codebooks 1-4"] * trained,
               *[f"against {own}"] * paired]
@@ -74,7 +76,9 @@ def print_table(rows, data):
 
 
 def main():
-    Parser(description="draw the results of the ablations").parse_args()
+    parser = Parser(description="draw the results of the ablations")
+    parser.add_argument("--against", help="the setting to compare with, in the tables that have it")
+    args = parser.parse_args()
     paths = {RESULTS / file_of(name, data): data for data in WORLDS for name in ("spans", *SAMPLING_CELLS)}
     paths = {path: data for path, data in paths.items() if path.is_file()}
     if not paths:
@@ -82,7 +86,7 @@ def main():
     for path, data in paths.items():
         rows = read_rows(path)
         draw(rows, path.with_suffix(".png"))
-        print_table(rows, data)
+        print_table(rows, data, args.against)
 
 
 if __name__ == "__main__":

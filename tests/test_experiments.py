@@ -42,13 +42,13 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate,
     model, = {row["model"] for row in rows}
     assert model.startswith("toy ") and len(model) == len("toy ") + 8, "the name and whose weights"
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    printed = call(plots).out.splitlines()
+    printed = [line for flags in ((), ("--against", "constant 3")) for line in call(plots, *flags).out.splitlines()]
     assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG"
     row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 7.2 | "  # intervals of 100 clips, 50 for each seed
     row += "+10.0 (-9.6 to +29.6) |"  # against 3 -> 1: one attribute of five more in one clip of two
-    assert row in printed
+    assert row in printed and any("| 10 -> 1 | " in line and "| -10.0 (" in line for line in printed)
     ablate("steps --seeds 0 --settings 5", measure)
-    assert len(read_rows(tmp_path / "steps.csv")) == 1, "the cell that is named"
+    assert len(read_rows(tmp_path / "steps.csv")) == 1 and ablate("steps --settings 6", measure).code == 2
 
 
 def test_spans_train_once_and_go_on_where_they_were_cut(ablate, tmp_path, monkeypatch):

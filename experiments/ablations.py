@@ -5,14 +5,15 @@
 `steps`     decoding steps of the first codebook
 `sampling`  temperature and nucleus
 `order`     nonoverlap against stride1 spans, hidden by max or prod scores
+`length`    frames per span in decoding, whatever the model was trained with
 
 `spans` trains models of its own, from nothing or, with `--train-flags "--init-from toy"`, from the same weights; the
 others decode with --model, and with its own settings but for those in question. A cell that the CSV holds is not
 computed again, and a training that was cut goes on, so the same command finishes what was stopped.
 
     python -m experiments.ablations spans --steps 18000
-    python -m experiments.ablations guidance steps sampling order --model toy
-    python -m experiments.ablations guidance steps sampling order --data tunes --model runs/tunes --n 200
+    python -m experiments.ablations guidance steps sampling order length --model toy
+    python -m experiments.ablations guidance steps sampling order length --data tunes --model runs/tunes --n 200
     python -m experiments.plots                                              # draws what the CSV files hold
 """
 
@@ -49,9 +50,10 @@ SAMPLING_CELLS = {
                  for t, p in ((0.0, 0.9), (1.0, 0.9), (3.0, 0.9), (5.0, 0.9), (3.0, 0.5), (3.0, 1.0))},
     "order": {f"{arrangement}, {scoring}": {"span_arrangement": arrangement, "span_scoring": scoring}
               for arrangement in ("nonoverlap", "stride1") for scoring in ("max", "prod")},
+    "length": {f"span {n}": {"span_len": n} for n in (1, 2, 3, 5, 10)},
 }
 OWN = {"guidance": "3 -> 1", "steps": "20", "sampling": "T 3, p 0.9", "order": "nonoverlap, max",  # of what ships
-       "spans": "span 3, context restricted"}
+       "length": "span 3", "spans": "span 3, context restricted"}
 
 
 def columns_of(data):
@@ -96,11 +98,11 @@ def is_done(path, cell):
     return any(all(row[name] == str(value) for name, value in cell.items()) for row in read_rows(path))
 
 
-def measure(model, config, seed, args):
+def measure(model, config, seed, args, span_len=None):
     """Play and judge: the measured columns of a row."""
     start = time.time()
     result = evaluate(model, config, pick_device(args.device), args.n, floors=False, losses=False, seed=seed,
-                      cache=args.cache, repeated=2, data=args.data, judge=args.judge)
+                      cache=args.cache, repeated=2, data=args.data, judge=args.judge, span_len=span_len)
     shares = {kind: {name: case["share"] for name, case in result["adherence"][f"model, {kind}"].items()}
               for kind in KINDS}
     return {**{f"{name}_{kind}": share for kind in shares for name, share in shares[kind].items()},
@@ -146,10 +148,10 @@ def name_with_weights(name):
 
 
 def ablate_sampling(experiment, args, common, measured):
-    """measured: {(settings, seed): columns} of the cells so far, since the model's own settings are a cell of several
-    experiments."""
-    path, own = RESULTS / file_of(experiment, args.data), SamplingConfig(**load_model(args.model)[1].sampling)
-    model = name_with_weights(args.model)
+    """measured: {(settings, frames per span, seed): columns} of the cells so far, since the model's own settings are a
+    cell of several experiments."""
+    path, (first, companions) = RESULTS / file_of(experiment, args.data), load_model(args.model)
+    own, model = SamplingConfig(**companions.sampling), name_with_weights(args.model)
     for seed, (setting, changes) in product(args.seeds, SAMPLING_CELLS[experiment].items()):
         if args.settings and setting not in args.settings:
             continue
@@ -157,9 +159,10 @@ def ablate_sampling(experiment, args, common, measured):
                 "model": model}
         if is_done(path, cell):
             continue
-        config = replace(own, **changes)
-        if (key := (str(config), seed)) not in measured:
-            measured[key] = measure(args.model, config, seed, args)
+        span_len = changes.get("span_len", first.config.span_len)
+        config = replace(own, **{name: value for name, value in changes.items() if name != "span_len"})
+        if (key := (str(config), span_len, seed)) not in measured:
+            measured[key] = measure(args.model, config, seed, args, span_len)
         add_row(path, {**cell, **measured[key], **common}, columns_of(args.data))
 
 

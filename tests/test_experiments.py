@@ -28,25 +28,25 @@ def ablate(call, tmp_path, monkeypatch):
 def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate, call, tmp_path, monkeypatch):
     measured = []
 
-    def measure(model, config, seed, args):
-        measured.append((model, config.guidance_start, config.guidance_end, seed))
+    def measure(model, config, seed, args, span_len):
+        measured.append((model, config.guidance_start, config.guidance_end, seed, span_len))
         return {"overall_seen": 0.5, "overall_unseen": 0.25, "frechet": 3.0, "diversity": 7.25,
                 "right": "55" if config.guidance_end == 3 else "54"}
 
     for _ in range(2):
         ablate("guidance --model toy --seeds 0 1", measure)
     assert len(measured) == len(set(measured)) == 2 * len(SAMPLING_CELLS["guidance"])
-    assert ("toy", 10.0, 1.0, 1) in measured and ("toy", 3.0, 3.0, 0) in measured
+    assert ("toy", 10.0, 1.0, 1, 3) in measured and ("toy", 3.0, 3.0, 0, 3) in measured
     rows = read_rows(tmp_path / "guidance.csv")
     assert len(rows) == len(measured) and tuple(rows[0]) == columns_of("toy")
-    model, = {row["model"] for row in rows}
-    assert model.startswith("toy ") and len(model) == len("toy ") + 8, "the name and whose weights"
+    assert {len(row["model"].removeprefix("toy ")) for row in rows} == {8}, "the name and whose weights"
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
     printed = [line for flags in ((), ("--against", "constant 3")) for line in call(plots, *flags).out.splitlines()]
-    assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG"
-    row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 7.2 | "  # intervals of 100 clips, 50 for each seed
-    row += "+10.0 (-9.6 to +29.6) |"  # against 3 -> 1: one attribute of five more in one clip of two
+    row = "| constant 3 | 50.0% (40%-60%) | 25.0% (18%-34%) | 3 | 7.2 | +10.0 (-9.6 to +29.6) |"
+    # intervals of 100 clips, 50 for each seed; against 3 -> 1: one attribute of five more in one clip of two
     assert row in printed and any("| 10 -> 1 | " in line and "| -10.0 (" in line for line in printed)
+    assert (tmp_path / "guidance.png").read_bytes()[1:4] == b"PNG" and ablate("length --seeds 0", measure).code == 0
+    assert [span_len for *_, span_len in measured[-5:]] == [1, 2, 3, 5, 10]
     ablate("steps --seeds 0 --settings 5", measure)
     assert len(read_rows(tmp_path / "steps.csv")) == 1 and ablate("steps --settings 6", measure).code == 2
 

@@ -151,16 +151,18 @@ def swap_shares(before, after, labels, which):
 
 
 def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, seed=0, cache="cache",
-             repeated=8, rescorer=None, data="toy", judge=None):
+             repeated=8, rescorer=None, data="toy", judge=None, span_len=None):
     """All numbers for the model called `name`, as one dictionary of plain types.
 
     data: its world; judge: a judge's file, if not the one that ships for the world; n: prompts; swaps: pairs of prompts
     with one word swapped; floors: whether real clips and their codec reconstructions are read as well, and what is
     memorised is measured; losses: whether to measure the validation cross-entropy; seed: of the sampling; repeated:
     prompts that are played four times each, for the diversity; rescorer: name of a second model to rescore, with the
-    weight that `config` gives it. "right" holds how many attributes are right in each clip, as one digit each.
+    weight that `config` gives it; span_len: frames per span in decoding, if not the model's own. "right" holds how many
+    attributes are right in each clip, as one digit each.
     """
     model, companions = load_model(name, device, pick_dtype("auto", device))
+    model.config.span_len = span_len or model.config.span_len
     codec = load_codec(companions.codec, model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(companions.text_encoder)
     companions.check(codec, encoder)

@@ -15,10 +15,9 @@ from encodec_wrap import load_codec
 from model import load_model
 from support.files import save_whole
 from t5_encoder import T5Encoder
-from toy import export, train_codec, world
+from toy import export, likelihood, train_codec, world
 from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts
 from toy.judge import cross_check, load_judge
-from toy.likelihood import known_words
 from toy.signals import pitch
 from toy.train_text import draw_caption
 from toy.world import ATTRIBUTES, SAMPLE_RATE, UNSEEN_PAIRS, WORDS, caption, combinations, describe, render
@@ -154,9 +153,10 @@ def test_every_model_that_ships_reads_the_codec_and_the_text_encoder_that_ship(n
     assert model.config.objective == objective
 
 
-def test_the_models_that_ship_know_every_word_for_a_clip_of_their_world():
+def test_the_models_that_ship_know_every_word_for_a_clip_of_their_world(call):
     for name in ("toy", "toy-ar"):
-        assert all(share == 1 and gap > 0 for share, gap in known_words(name, 1, "toy").values()), name
+        assert all(share == 1 and gap > 0 for share, gap in likelihood.known_words(name, 1, "toy").values()), name
+    assert call(likelihood, "--model", "toy-hybrid").code == 2, "which predicts next tokens in some places"
 
 
 def test_the_judge_that_ships_hears_every_attribute_as_it_is_and_as_the_plain_measures_do():

@@ -23,7 +23,11 @@ from train import MASK_RATES, masked_cross_entropy, next_token_cross_entropy
 
 
 def nats(model, codes, text, text_mask, generator):
-    """-log p(codes | text) of one clip (1, K, T), in nats: a float; of a MAGNeT, over spans drawn with `generator`."""
+    """[Eq. 1, Eq. 4] -log p(codes | text) of one clip, in nats: a float. Of an autoregressive model, of all its tokens;
+    of a MAGNeT, of the hidden tokens of codebook 1, summed over the mask rates, in spans drawn with `generator`.
+
+    codes: (1, K, T) long; text: (1, L, C); text_mask: (1, L) bool.
+    """
     if model.config.objective == "ar":
         return next_token_cross_entropy(model, codes, torch.ones_like(codes, dtype=torch.bool), text, text_mask).item()
     T, span_len, total = codes.shape[2], model.config.span_len, 0.0
@@ -38,10 +42,13 @@ def known_words(name, n, data):
     """{attribute: (share of n clips whose true word is the likeliest, by how many nats it is above the others' mean)}.
 
     The clips are those that `toy.evaluate` plays beside its samples of seen pairs; all captions of a clip have the same
-    grammar, and all are read with the same masks.
+    grammar, and all are read with the same masks. ValueError: the model is a hybrid.
     """
     model, companions = load_model(name)
-    codec, encoder = load_codec(companions.codec), T5Encoder.from_pretrained(companions.text_encoder)
+    if model.config.objective == "hybrid":
+        raise ValueError(f"--model {name}: its objective is hybrid; want a MAGNeT or an autoregressive model")
+    codec = load_codec(companions.codec, model.config.n_codebooks)
+    encoder = T5Encoder.from_pretrained(companions.text_encoder)
     companions.check(codec, encoder)
     place = world_of(data)
     split = "test" if "test" in place.SPLITS else "valid"

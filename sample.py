@@ -116,17 +116,16 @@ def clip_streams(seed, clips):
 def nucleus(probs, top_p, top_k=0):
     """[Sec. 3.3] Cut probabilities (..., card) to the smallest set of top tokens that holds `top_p`; not renormalised.
 
-    The most probable token always stays. top_k > 0 keeps at most that many.
+    The most probable token always stays. top_k > 0 keeps at most that many. What ties with the last one stays as well.
 
     >>> nucleus(torch.tensor([0.5, 0.3, 0.2]), 0.7)
     tensor([0.5000, 0.3000, 0.0000])
     """
-    top, order = probs.topk(min(top_k or probs.shape[-1] // 4 + 1, probs.shape[-1]))  # a quarter mostly holds it
-    cut = top.cumsum(dim=-1) - top >= top_p  # never the first, before which there is nothing
-    kept = torch.zeros_like(probs).scatter(-1, order, top.masked_fill(cut, 0))
-    if not top_k:  # where that quarter was too small all are sorted, which takes more than twice as long
-        kept[~cut[..., -1]] = nucleus(probs[~cut[..., -1]], top_p, probs.shape[-1])
-    return kept
+    on_cpu = probs.device.type == "cpu"  # where numpy sorts some five times faster than torch
+    top = torch.from_numpy(-np.sort(-probs.detach().numpy())) if on_cpu else probs.sort(dim=-1, descending=True).values
+    is_kept = top.cumsum(dim=-1) - top < top_p  # always the first, before which there is nothing
+    n_kept = is_kept.sum(dim=-1, keepdim=True).clamp(max=top_k or probs.shape[-1])
+    return probs.masked_fill(probs < top.gather(-1, n_kept - 1), 0)
 
 
 def draw(weights, uniform):

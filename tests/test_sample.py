@@ -130,10 +130,10 @@ def test_generate_refuses_logits_and_probabilities_that_are_not_finite(damaged, 
 # ------------------------------------------------------------------------------------------------------ drawing a token
 
 def test_nucleus_is_the_smallest_set_of_top_tokens_that_holds_top_p_and_at_most_top_k():
-    probs = torch.tensor([[0.125, 0.5, 0.125, 0.25]])
+    probs, tied = torch.tensor([[0.0625, 0.5, 0.125, 0.25, 0.0625]]), [0.0625, 0.0625]  # both are kept, or neither
     for top_p, top_k, kept in ((0.01, 0, [0.5]), (0.49, 0, [0.5]), (0.51, 0, [0.5, 0.25]), (0.8, 0, [0.5, 0.25, 0.125]),
-                               (1.0, 0, [0.5, 0.25, 0.125, 0.125]), (1.0, 2, [0.5, 0.25]), (0.3, 2, [0.5]),
-                               (1.0, 9, [0.5, 0.25, 0.125, 0.125])):
+                               (0.9, 0, [0.5, 0.25, 0.125, *tied]), (1.0, 2, [0.5, 0.25]), (0.3, 2, [0.5]),
+                               (1.0, 9, [0.5, 0.25, 0.125, *tied])):
         got = nucleus(probs, top_p, top_k)
         assert got[got > 0].sort(descending=True).values.tolist() == kept, f"of {top_p}, at most {top_k}"
         assert got[got > 0].equal(probs[got > 0]), "what is kept is not changed"

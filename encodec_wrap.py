@@ -103,28 +103,31 @@ class Codec(nn.Module):
         self.hop_length = int(self.model.encoder.hop_length)
         self.frame_rate = self.sample_rate / self.hop_length
 
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     @torch.inference_mode()
     def encode(self, wav):
-        """[Sec. 2] Audio (B, 1, S) at `sample_rate` -> codes (B, K, T) long, T = ceil(S / hop length)."""
+        """[Sec. 2] Audio (B, 1, S) at `sample_rate`, on any device -> codes (B, K, T), T = ceil(S / hop length)."""
         if wav.dim() != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
             raise ValueError(f"encode wants audio of shape (B, 1, S) with S > 0, not {tuple(wav.shape)}")
         layers = self.model.encoder.model
         split = len(layers) - (3 if self.config.lstm else 2)
-        short = wav.shape[2] <= PIECE * self.hop_length
-        inner = layers[:split](wav) if short else self.in_pieces(layers[:split], wav, self.hop_length, 1)
+        inner = self.in_pieces(layers[:split], wav.to(self.device), self.hop_length, 1)
         latents = layers[split:](inner)  # (B, C, T)
         return self.model.quantizer.vq.encode(latents, n_q=self.n_codebooks).transpose(0, 1)  # (B, K, T)
 
     @torch.inference_mode()
     def decode(self, codes):
-        """[Sec. 2] Codes (B, K, T) -> audio (B, 1, T * hop length)."""
+        """[Sec. 2] Codes (B, K, T), on any device -> audio (B, 1, T * hop length) on that of the codec."""
         if codes.dim() != 3 or not 1 <= codes.shape[1] <= self.config.n_codebooks or codes.shape[2] == 0:
             raise ValueError(f"decode wants codes (B, {self.n_codebooks}, T) with T > 0, not {tuple(codes.shape)}")
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise ValueError(f"decode wants codes below {self.codebook_size}; these hold {codes.min()}..{codes.max()}")
         layers = self.model.decoder.model
         split = 2 if self.config.lstm else 1
-        latents = layers[:split](self.model.quantizer.vq.decode(codes.transpose(0, 1)))  # (B, C, T)
+        latents = layers[:split](self.model.quantizer.vq.decode(codes.transpose(0, 1).to(self.device)))  # (B, C, T)
         return self.in_pieces(layers[split:], latents, 1, self.hop_length)  # (B, 1, S)
 
     def in_pieces(self, layers, x, step, made):

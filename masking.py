@@ -27,8 +27,8 @@ def expected_mask_rate(n_spans, n_frames, span_len):
 
     n_spans: int or tensor of ints, any shape; gives a float64 tensor of that shape on the CPU. The binomials cancel to
     a product of l factors (T - u - i) / (T - i), which neither overflows nor loses precision. The formula takes every
-    frame to lie in l possible spans; the first l - 1 frames lie in fewer, so that the true rate is lower, by
-    less than (l - 1) / (3 T): at most 0.001 for T = 500 and l = 3.
+    frame to lie in l possible spans; the first l - 1 frames lie in fewer, so that the true rate is lower: by about
+    0.001 for T = 500 and l = 3, by more in clips of few spans.
 
     >>> expected_mask_rate(2, 10, 3)  # 1 - C(7, 2) / C(10, 2) = 1 - 21/45
     tensor(0.5333, dtype=torch.float64)

@@ -62,6 +62,7 @@ def local_attention(q, k, v, context):
     Deviation: without xformers the released code loses this mask and attends causally.
     """
     B, H, T, D = q.shape
+    context = min(context, T)
     block = max(32, context)
     n = math.ceil(T / block)
     width = block + 2 * context

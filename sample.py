@@ -33,9 +33,9 @@ class SamplingConfig(Config):
     """How to decode: as the paper, autoregressively as MusicGen. As released, `stride1` always scores by product."""
 
     decoding_steps: tuple[int, ...] = option((20, 10), "steps by codebook, the last for the rest", low=1, high=9999)
-    temperature: float = option(3.0, "softmax temperature, annealed linearly to zero", low=0, high=1e4)
+    temperature: float = option(3.0, "softmax temperature, annealed to zero", low=0, high=1e4)
     top_p: float = option(0.9, "nucleus: the most probable tokens with this much probability; 1: all", above=0, high=1)
-    top_k: int = option(0, "keep only the k most probable tokens; 0 keeps all", low=0)
+    top_k: int = option(0, "keep only the k most probable tokens; 0 keeps all", low=0, high=1 << 20)
     guidance_start: float = option(10.0, "classifier-free guidance when all is hidden", low=-1e4, high=1e4)
     guidance_end: float = option(1.0, "classifier-free guidance when nothing is hidden", low=-1e4, high=1e4)
     span_arrangement: str = option("nonoverlap", "where spans may lie", ("nonoverlap", "stride1"))
@@ -44,7 +44,7 @@ class SamplingConfig(Config):
     greedy: bool = option(False, "take the most probable token instead of sampling")
     rescorer_weight: float = option(0.5, "with --rescorer: the weight of its probabilities", low=0, high=1)
     ar_guidance: float = option(3.0, "autoregressive and hybrid models: guidance", low=-1e4, high=1e4)
-    ar_top_k: int = option(250, "the same: keep only the k most probable tokens; 0 keeps all", low=0)
+    ar_top_k: int = option(250, "the same: keep only the k most probable tokens; 0 keeps all", low=0, high=1 << 20)
     ar_temperature: float = option(1.0, "the same: softmax temperature", low=0, high=1e4)
     hybrid_seconds: float = option(1.0, "hybrid models: seconds to write from left to right before the rest", low=0)
 
@@ -69,7 +69,7 @@ def guidance_scale(rate, start, end):
 
 
 def annealed_temperature(step, steps, start):
-    """[Sec. 3.3] Linear from `start` to zero at the last step, with a floor of 0.01 that keeps softmax finite."""
+    """[Sec. 3.3] start * (steps - 1 - step) / steps, with a floor of 0.01: one step alone is all but greedy."""
     return max(start * (steps - 1 - step) / steps, 1e-2)
 
 
@@ -274,7 +274,7 @@ def decode_stage(model, codes, stage, text, text_mask, config, streams, rescorer
             # Deviation: with stride1 the released code may hide again, and so sample again, what was fixed.
             hidden = hidden & ~(given if released else fixed)
         inputs = mask_codes(codes, stage, hidden, model.mask_id)
-        if released:  # Deviation: it shows the upper codebooks of the audio prompt, which training always hides
+        if released:  # Deviation: as released, upper codebooks are shown where frames are given; training hides them
             inputs = torch.where(given, before, inputs)
         scale = guidance_scale(rate, config.guidance_start, config.guidance_end)
         if prompt is None:
@@ -387,7 +387,7 @@ def main():
     rescorer = None
     if request.rescorer is not None and config.rescorer_weight > 0:
         rescorer, needs = load_model(request.rescorer, device, dtype)
-        needs.check(codec, encoder)
+        needs.check(codec, encoder, f"--rescorer {request.rescorer}")
     start = time.perf_counter()
     seconds, parts = request.seconds or model.config.seconds, [slice(None)]
     known, n_samples = known_codes(request, codec, seconds, model.mask_id)

@@ -81,7 +81,7 @@ class TrainConfig(Config):
     condition_dropout: float = option(0.3, "probability that a clip's text is dropped", low=0, high=1)
     codebook_dropout: float = option(0.25, "objective ar: probability that later codebooks, from a random one on, are "
                                            "hidden in a clip, as a rescorer meets them", low=0, high=1)
-    seed: int = option(0, "of weights, batches and masks", low=0)
+    seed: int = option(0, "of weights, batches and masks", low=0, high=2**63 - 1)
     dtype: str = option("auto", "of the matrix products; auto: what the device computes fastest",
                         ("auto", "fp32", "bf16", "fp16"))
 
@@ -368,9 +368,12 @@ def main():
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
     before = {key: state[key] for key in ("codec_id", "text_encoder_id", "data_id", "sampling") if key in state}
     companions = Companions(config.codec, config.text_encoder, **before)
-    if state:
-        companions.check(codec, encoder)
+    companions.check(codec, encoder)
     companions.codec_id, companions.text_encoder_id = fingerprint(codec), fingerprint(encoder)
+    torch.manual_seed(config.seed)
+    model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)
+    if state:
+        load_strictly(model, state["model"], Path(flags.out, "checkpoint.pt") if flags.resume else flags.init_from)
     clips, valid_clips = load_clips(config, flags, codec, encoder, device)
     say(f"{len(clips.codes)} training clips and {len(valid_clips.codes)} validation clips of {config.seconds:g} s")
     if flags.only_encode:
@@ -378,10 +381,6 @@ def main():
     if flags.resume and companions.data_id not in ("", clips.fingerprint):
         raise ValueError(f"--resume: {config.data} has changed since the run began; start a new run with --init-from")
     companions.data_id = clips.fingerprint
-    torch.manual_seed(config.seed)
-    model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)
-    if state:
-        load_strictly(model, state["model"], Path(flags.out, "checkpoint.pt") if flags.resume else flags.init_from)
     for part in (model.text_proj, model.emb, *model.blocks[:-config.train_blocks]) if config.train_blocks else ():
         part.requires_grad_(False)
     this_run = Run(flags, config, model, companions, device, validate, VALIDATED[config.objective], valid_clips,

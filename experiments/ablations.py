@@ -33,7 +33,7 @@ import torch
 
 from model import load_model
 from sample import SamplingConfig
-from support.cli import Parser, pick_device, run
+from support.cli import Parser, pick_device, pick_dtype, run
 from support.files import fingerprint, whole_file
 from toy import WORLDS, world_of
 from toy.evaluate import evaluate
@@ -60,8 +60,8 @@ def columns_of(data):
     """The columns of a results file of the world `data`."""
     shares = [f"{name}_{kind}" for kind in KINDS for name in world_of(data).ATTRIBUTES]
     return ("experiment", "setting", "seed", "overall_seen", "overall_unseen", *shares, "frechet", "diversity",
-            "val_1", "val_2", "val_3", "val_4", "n_prompts", "seconds", "model", "steps", "hardware", "command",
-            "right")  # the last: how many attributes are right in each clip, as one digit each
+            "val_1", "val_2", "val_3", "val_4", "n_prompts", "seconds", "model", "dtype", "steps", "hardware",
+            "command", "right")  # the last: how many attributes are right in each clip, as one digit each
 
 
 def file_of(experiment, data):
@@ -183,7 +183,10 @@ def main():
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    common = {"hardware": hardware(pick_device(args.device)),
+    if args.n < 4:
+        raise ValueError(f"--n must be at least 4, not {args.n}")
+    device = pick_device(args.device)
+    common = {"hardware": hardware(device), "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
               "command": shlex.join(["python", "-m", "experiments.ablations", *sys.argv[1:]])}
     measured = {}
     for experiment in args.experiments:

@@ -85,6 +85,8 @@ def main():
         raise ValueError(f"{RESULTS} holds no CSV file of an ablation: run experiments.ablations first")
     for path, data in paths.items():
         rows = read_rows(path)
+        if len({(row["model"], row["n_prompts"], row.get("dtype")) for row in rows}) > 1:
+            raise ValueError(f"{path}: has rows of several models, numbers of prompts or dtypes; keep those of one")
         draw(rows, path.with_suffix(".png"))
         print_table(rows, data, args.against)
 

@@ -63,7 +63,10 @@ def play(arguments, folder, module="sample"):
     names = ", ".join(exercise.name for exercise in begun(folder)) or "nothing"
     print(f"with yours in place of ours: {names}", file=sys.stderr)
     sys.argv = [f"{module}.py", *arguments]
-    importlib.import_module(module).main()
+    try:
+        importlib.import_module(module).main()
+    except NotImplementedError as error:
+        raise ValueError(f"{error}: fill it in, or remove its file") from error
 
 
 train = partial(play, module="train")

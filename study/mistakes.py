@@ -2,7 +2,7 @@
 
 `python -m study mistakes` plants each in a process of its own and runs the claims about its function, to the first that
 fails. `python -m study cost` lets the toy model play with it, with the flags of toy/evaluate.py. It keeps each result
-in runs/cost, so that it can be stopped and go on; the table of study/README.md has what there is.
+in runs/cost, so that it can be stopped and go on; `--write` puts what there is into study/README.md.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 
 from study import ROOT
 from study.paper import functions, replaced
-from support.cli import say
+from support.cli import run, say
 
 RIGHT, AGAIN, FOLDER = "the right code", "the right code, other random numbers", ROOT / "runs" / "cost"
 DECODING = r"sample\.(?!rescored|decode_autoreg)|model\.MAGNeT\.forward|masking\.(cosine_schedule|mask_codes)"
@@ -105,7 +105,7 @@ def evaluate(mistake, flags):
         plant(mistake)
     from toy import evaluate
     sys.argv = ["toy/evaluate.py", "--n", "100", "--swaps", "0", "--samples-only", *flags]
-    evaluate.main()
+    run(evaluate.main)
 
 
 def measure(name, flags):
@@ -116,6 +116,8 @@ def measure(name, flags):
         process = FORK.Process(target=evaluate, args=(read_mistakes().get(name), more))
         process.start()
         process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
         os.replace(f"{path}.new", path)
 
 
@@ -130,7 +132,8 @@ def row(name, result, right):
 
 
 def cost(flags, folder=None):
-    """Measure what is not measured yet; after each, write the table of all that is."""
+    """Measure what is not measured yet and print its row; --write also puts the table of all that is into the page."""
+    flags, write = [flag for flag in flags if flag != "--write"], "--write" in flags
     FOLDER.mkdir(parents=True, exist_ok=True)
     page = ROOT / "study" / "README.md"
     names = [RIGHT, *(name for name, mistake in read_mistakes().items() if re.match(DECODING, mistake.function)), AGAIN]
@@ -142,5 +145,6 @@ def cost(flags, folder=None):
             raise ValueError(f"{FOLDER} has results of other flags, too: give the same again, or remove it")
         rows = ["| code | attributes as asked | difference, in points (95%) | Frechet distance | diversity |",
                 "|---|---|---|---|---|", *(row(name, result, results[RIGHT]) for name, result in results.items())]
-        page.write_text(replaced(page.read_text("utf-8"), "cost", "\n".join(rows)), "utf-8", newline="\n")
-        say(f"{name}: measured")
+        if write:
+            page.write_text(replaced(page.read_text("utf-8"), "cost", "\n".join(rows)), "utf-8", newline="\n")
+        say("\n".join([*rows[:2] * (name == RIGHT), row(name, results[name], results[RIGHT])]))

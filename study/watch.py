@@ -17,7 +17,7 @@ from model import load_model
 from study import ROOT
 from support.cli import Parser, add_flags, from_flags, pick_device, pick_dtype, say
 from support.files import whole_file
-from support.request import Request, known_codes
+from support.request import Request, check_gap, known_codes
 from t5_encoder import T5Encoder
 
 SOUND_BYTES = 2_700_000  # of all sounds together, before they are written as text, which takes a third more
@@ -89,20 +89,26 @@ def watch(arguments, folder=None):
     request = from_flags(args, Request())
     if Path(request.out).suffix != ".html":
         raise ValueError(f"--out {request.out}: the page's name must end in .html")
+    if request.n > 1 or request.only and len(request.only) > 1:
+        raise ValueError("watch shows one clip: --n must be 1, and --only one number")
+    check_gap(request)
     device = pick_device(request.device)
     model, companions = load_model(request.model, device, pick_dtype(request.dtype, device))
     config = from_flags(args, sample.SamplingConfig(**companions.sampling))
     codec = load_codec(request.codec or companions.codec, model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(request.text_encoder or companions.text_encoder)
     companions.check(codec, encoder)
-    rescorer = None if request.rescorer is None else load_model(request.rescorer, device)[0]
+    rescorer = None
+    if request.rescorer is not None:
+        rescorer, needs = load_model(request.rescorer, device)
+        needs.check(codec, encoder, f"--rescorer {request.rescorer}")
     codes, _ = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
     if codes.shape[2] > math.ceil(model.config.seconds * codec.frame_rate):
         raise ValueError(f"watch shows one window: at most {model.config.seconds:g} s with this model")
     negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
-    steps = []
-    sample.generate(model, *encoder.encode_text([args.prompt]), codes, config, sample.clip_streams(request.seed, [1]),
-                    negative, rescorer, lambda **step: steps.append(step), codec.frame_rate)
+    steps, streams = [], sample.clip_streams(request.seed, request.only or [1])
+    sample.generate(model, *encoder.encode_text([args.prompt]), codes, config, streams, negative, rescorer,
+                    lambda **step: steps.append(step), codec.frame_rate)
     if not steps:
         raise ValueError("nothing is left to decode: all frames are given")
     text = page(steps, config, codec, codes, args.prompt, f"{request.model}, seed {request.seed}", model.mask_id)

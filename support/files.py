@@ -136,7 +136,8 @@ def portable(settings, folder):
     for key in PLACES & settings.keys():
         path = Path(settings[key]).resolve()
         if path.exists() and settings[key] not in ("toy", "tunes", "musicbench"):
-            settings = settings | {key: os.path.relpath(path, base) if base.parent in path.parents else str(path)}
+            near = os.path.join(".", os.path.relpath(path, base))  # the dot tells `located` that it is a place
+            settings = settings | {key: near if base.parent in path.parents else str(path)}
     return settings
 
 
@@ -157,8 +158,9 @@ class Companions:
     sampling: dict = field(default_factory=dict)
     data_id: str = ""  # of the data set
 
-    def check(self, codec, encoder):
-        """ValueError if codec or text encoder have other weights than those that the model was trained with."""
+    def check(self, codec, encoder, what="the model"):
+        """ValueError if codec or text encoder have other weights than those that `what` was trained with."""
         for kind, module in (("codec", codec), ("text_encoder", encoder)):
-            if getattr(self, f"{kind}_id") not in ("", fingerprint(module)):
-                raise ValueError(f"{kind} {getattr(self, kind)} has other weights than the model was trained with")
+            if (known := getattr(self, f"{kind}_id")) and known != fingerprint(module):
+                raise ValueError(f"{what} was trained with the {kind} {getattr(self, kind)}, which has other weights "
+                                 "than the one that is used here")

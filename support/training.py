@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support.cli import pick_dtype, say
-from support.files import load_strictly, portable, save_whole, whole_file
+from support.files import load_strictly, portable, save_whole
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's processes; or alone
 
@@ -36,16 +36,6 @@ def join_processes(device):
     if device.type == "cuda":
         torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     return torch.device("cpu") if device.type == "mps" else device  # gloo knows no MPS
-
-
-def drop_rows(path, last):
-    """Drop the rows of a log.csv after the step `last`, which are made again, and torn ones -> seconds in the last."""
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
-    steps = {"step", *map(str, range(last + 1))}
-    kept = [line for line in lines if line.split(",")[0] in steps and line.endswith("\n")]
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(kept))
-    return float(kept[-1].split(",")[3]) if len(kept) > 1 else 0.0
 
 
 class Run:
@@ -84,14 +74,16 @@ class Run:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.scaler.load_state_dict(state["scaler"])
                 self.first, self.losses = int(state["step"]), list(state.get("losses", []))
+                self.start -= state.get("seconds", 0.0)
                 self.generator.set_state(state["rng"]["generator"])
                 torch.set_rng_state(state["rng"]["torch"])
                 if device.type in state["rng"]:
                     getattr(torch, device.type).set_rng_state(state["rng"][device.type])
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{self.path}: is damaged and cannot be resumed from ({error!r})") from error
-        if RANK == 0 and self.log.is_file():
-            self.start -= drop_rows(self.log, self.first)
+        if RANK == 0:
+            self.log.touch()  # rows that are newer than the checkpoint are made again
+            os.truncate(self.log, min(self.log.stat().st_size, state.get("log_size", math.inf) if state else 0))
 
     def steps(self):
         """The numbers of the steps to come; ends after a whole step, and a checkpoint, at Ctrl-C or SIGTERM."""
@@ -151,7 +143,7 @@ class Run:
             self.save(done)
         if sampled and RANK == 0:  # with the checkpoint just written, by `sample.py`
             command = [sys.executable, str(Path(__file__).parents[1] / "sample.py"), *flags.sample_captions, "--model",
-                       flags.out, "--out", f"{flags.out}/samples/step-{done:06d}.wav", "--device", self.device.type]
+                       flags.out, "--out", f"{flags.out}/samples/step-{done:06d}.wav", "--device", str(self.device)]
             if subprocess.run(command, capture_output=True).returncode:
                 say(f"could not write samples; to see why: {' '.join(map(repr, command))}")
 
@@ -166,5 +158,6 @@ class Run:
             save_whole({
                 "config": portable(asdict(self.config), self.flags.out), "model_config": asdict(self.model.config),
                 **portable(asdict(self.companions), self.flags.out), "step": step, "losses": self.losses, "rng": rng,
+                "seconds": time.time() - self.start, "log_size": self.log.stat().st_size,
                 "model": self.model.state_dict(), "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, self.path)

@@ -75,6 +75,12 @@ def test_encode_and_decode_refuse_other_shapes_and_codes_out_of_range_such_as_th
             codec.decode(torch.full(shape, code))
 
 
+def test_encode_and_decode_work_on_the_codecs_device_wherever_their_input_is():
+    codec = load_codec("toy").to("meta")
+    codes, wav = codec.encode(torch.zeros(2, 1, 640)), codec.decode(torch.zeros(2, 4, 2, dtype=torch.long))
+    assert codes.device == wav.device == torch.device("meta") and codes.shape == (2, 4, 2) and wav.shape == (2, 1, 640)
+
+
 def random_codec(**fields):
     torch.manual_seed(0)
     codec = Codec(CodecConfig(**{"n_filters": 4, "dimension": 16} | fields)).eval()

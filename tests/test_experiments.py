@@ -49,6 +49,8 @@ def test_ablations_measure_each_cell_once_and_each_with_its_own_settings(ablate,
     assert [span_len for *_, span_len in measured[-5:]] == [1, 2, 3, 5, 10]
     ablate("steps --seeds 0 --settings 5", measure)
     assert len(read_rows(tmp_path / "steps.csv")) == 1 and ablate("steps --settings 6", measure).code == 2
+    ablate("steps --seeds 0 --settings 5 --n 8", measure)
+    assert "steps.csv: has rows of several" in call(plots).err, "8 prompts and 100 are not averaged"
 
 
 def test_spans_train_once_and_go_on_where_they_were_cut(ablate, tmp_path, monkeypatch):

@@ -34,9 +34,9 @@ def test_attention_weighs_values_by_the_softmax_of_scaled_products(dtype):
         torch.testing.assert_close(out.float(), torch.tensor([wanted]).float(), atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("context", [0, 1, 5, 33, 100])
+@pytest.mark.parametrize("context", [0, 1, 5, 33, 100, 10**9])
 def test_local_attention_is_attention_within_the_band(context, generator):
-    """Values and gradients, for lengths around those of its blocks of 32 frames or more."""
+    """Values and gradients, for lengths around those of its blocks of 32 frames or more, and a band that is wider."""
     for T in (1, 2, 5, 6, 7, 31, 32, 33, 65, 101):
         q, k, v, weight = torch.randn(4, 2, 2, T, 4, generator=generator)
         results = []

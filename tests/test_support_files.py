@@ -129,18 +129,20 @@ def test_companions_check_refuses_a_codec_or_text_encoder_of_other_weights():
     companions.check(codec, encoder)
     Companions("c.pt", "t5").check(codec, encoder)  # from a file that does not say
     nn.init.constant_(encoder.bias, 5.0)
-    with pytest.raises(ValueError, match="text_encoder t5 has other weights"):
-        companions.check(codec, encoder)
+    with pytest.raises(ValueError, match="^--rescorer ar was trained with the text_encoder t5, which has other w"):
+        companions.check(codec, encoder, "--rescorer ar")
 
 
 def test_portable_settings_are_located_after_the_run_was_moved_with_what_lies_beside_it(tmp_path, monkeypatch):
     (tmp_path / "here" / "run").mkdir(parents=True)
-    for name in ("here/codec.pt", "far", "toy"):
+    for name in ("here/codec.pt", "here/run/own.pt", "far", "toy"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)  # in which there is a file "toy", too
     kept = files.portable({"data": "toy", "codec": "here/codec.pt", "seconds": 1}, "here/run")
-    assert kept == {"data": "toy", "codec": "../codec.pt", "seconds": 1}
+    assert kept == {"data": "toy", "codec": "./../codec.pt", "seconds": 1}
+    own = files.portable({"codec": "here/run/own.pt"}, "here/run")
     assert files.portable({"codec": "far", "text_encoder": "t5-base"}, "here/run") == {
         "codec": str(tmp_path / "far"), "text_encoder": "t5-base"}
     (tmp_path / "here").rename(tmp_path / "there")
     assert Path(files.located(kept, "there/run")["codec"]).samefile("there/codec.pt")
+    assert Path(files.located(own, "there/run")["codec"]).samefile("there/run/own.pt")

@@ -442,6 +442,8 @@ def test_train_resume_after_a_crash_ends_bit_for_bit_as_if_never_stopped(train_t
     def crash():
         raise MemoryError
 
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "log.csv").write_text("step,val_0\n1,5\n")  # of a run that came to no checkpoint
     whole, run = train_tiny(tmp_path / "whole", "--dropout 0.2"), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(train, "learning_rate", at_step(7, crash))

@@ -167,13 +167,14 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
     encoder = T5Encoder.from_pretrained(companions.text_encoder)
     companions.check(codec, encoder)
     place, judge, half = world_of(data), load_judge(judge or data), n // 2
-    if codec.sample_rate != place.SAMPLE_RATE:
-        raise ValueError(f"the judge listens at {place.SAMPLE_RATE} Hz; {name} plays at {codec.sample_rate}")
+    if codec.sample_rate != place.SAMPLE_RATE or judge.attributes != place.ATTRIBUTES:
+        raise ValueError(f"{name} plays at {codec.sample_rate} Hz and the judge hears {', '.join(judge.attributes)}; "
+                         f"--data {data} wants {place.SAMPLE_RATE} Hz and {', '.join(place.ATTRIBUTES)}")
     splits = SPLITS | ({"seen": "test"} if "test" in place.SPLITS else {})
     second = None
     if rescorer is not None and config.rescorer_weight:
         second, needs = load_model(rescorer, device, pick_dtype("auto", device))
-        needs.check(codec, encoder)
+        needs.check(codec, encoder, f"--rescorer {rescorer}")
     result = {"model": str(name), "n_prompts": 2 * half, "sampling": vars(config), "device": str(device),
               "rescorer": rescorer and f"{rescorer}, weight {config.rescorer_weight:g}"}
 
@@ -261,8 +262,10 @@ def main():
     parser.add_argument("--cache", default="cache")
     add_flags(parser, SamplingConfig)
     args = parser.parse_args()
-    if args.n < 4:
-        raise ValueError(f"--n must be at least 4, not {args.n}")
+    if args.n < 4 or args.seed < 0:
+        raise ValueError(f"--n must be at least 4 and --seed at least 0, not {args.n} and {args.seed}")
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
     config = from_flags(args, SamplingConfig(**load_model(args.model)[1].sampling))
     result = evaluate(args.model, config, pick_device(args.device), args.n, args.swaps,
                       not args.samples_only, not args.samples_only, args.seed,

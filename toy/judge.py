@@ -240,6 +240,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", nargs="?", const=True, help="do not train, check the judge that ships, or this file")
     args = parser.parse_args()
+    if args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, not {args.steps}")
     args.codec = args.codec or weights_of(args.data) / "codec.pt"
     judge = load_judge((args.data if args.check is True else args.check) if args.check else train(args))
     wav, labels = draw_clips(500, args.seed + 1, args.data, **world_of(args.data).FRESH)

@@ -146,9 +146,12 @@ def main():
     parser.add_argument("--check", type=Path, help="do not train: measure this codec file on 200 fresh clips of --data")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args()
+    if args.steps < 1 or not args.minutes > 0:
+        raise ValueError(f"--steps {args.steps} --minutes {args.minutes:g}: both must be above 0")
     if args.check:
+        codec = load_codec(args.check)
         fresh = world_clips(args.data, 200, "test" if args.data == "tunes" else "valid")
-        say(", ".join(f"{name} {value:.3f}" for name, value in check(load_codec(args.check), fresh).items()))
+        say(", ".join(f"{name} {value:.3f}" for name, value in check(codec, fresh).items()))
         return
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -103,10 +103,6 @@ class Codec(nn.Module):
         self.hop_length = int(self.model.encoder.hop_length)
         self.frame_rate = self.sample_rate / self.hop_length
 
-    @property
-    def device(self):
-        return next(self.parameters()).device
-
     @torch.inference_mode()
     def encode(self, wav):
         """[Sec. 2] Audio (B, 1, S) at `sample_rate`, on any device -> codes (B, K, T), T = ceil(S / hop length)."""
@@ -114,7 +110,8 @@ class Codec(nn.Module):
             raise ValueError(f"encode wants audio of shape (B, 1, S) with S > 0, not {tuple(wav.shape)}")
         layers = self.model.encoder.model
         split = len(layers) - (3 if self.config.lstm else 2)
-        inner = self.in_pieces(layers[:split], wav.to(self.device), self.hop_length, 1)
+        wav, short = wav.to(next(self.parameters()).device), wav.shape[2] <= PIECE * self.hop_length
+        inner = layers[:split](wav) if short else self.in_pieces(layers[:split], wav, self.hop_length, 1)
         latents = layers[split:](inner)  # (B, C, T)
         return self.model.quantizer.vq.encode(latents, n_q=self.n_codebooks).transpose(0, 1)  # (B, K, T)
 
@@ -127,7 +124,8 @@ class Codec(nn.Module):
             raise ValueError(f"decode wants codes below {self.codebook_size}; these hold {codes.min()}..{codes.max()}")
         layers = self.model.decoder.model
         split = 2 if self.config.lstm else 1
-        latents = layers[:split](self.model.quantizer.vq.decode(codes.transpose(0, 1).to(self.device)))  # (B, C, T)
+        codes = codes.to(next(self.parameters()).device).transpose(0, 1)  # (K, B, T)
+        latents = layers[:split](self.model.quantizer.vq.decode(codes))  # (B, C, T)
         return self.in_pieces(layers[split:], latents, 1, self.hop_length)  # (B, 1, S)
 
     def in_pieces(self, layers, x, step, made):

@@ -368,7 +368,8 @@ def main():
     encoder = T5Encoder.from_pretrained(config.text_encoder).to(device)
     before = {key: state[key] for key in ("codec_id", "text_encoder_id", "data_id", "sampling") if key in state}
     companions = Companions(config.codec, config.text_encoder, **before)
-    companions.check(codec, encoder)
+    if state:
+        companions.check(codec, encoder)
     companions.codec_id, companions.text_encoder_id = fingerprint(codec), fingerprint(encoder)
     torch.manual_seed(config.seed)
     model = MAGNeT(model_config(args, config, state, codec, encoder)).to(device)

@@ -12,7 +12,6 @@ import re
 import signal
 import statistics
 import sys
-import time
 import types
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from support.cli import run, say
 
 RIGHT, AGAIN, FOLDER = "the right code", "the right code, other random numbers", ROOT / "runs" / "cost"
 DECODING = r"sample\.(?!rescored|decode_autoreg)|model\.MAGNeT\.forward|masking\.(cosine_schedule|mask_codes)"
-FORK = multiprocessing.get_context("fork")
+FORK, PAGE = multiprocessing.get_context("fork"), ROOT / "study" / "README.md"
 
 
 class Mistake(NamedTuple):
@@ -84,18 +83,17 @@ def leave_signals():
 
 def mistakes(names, folder=None):
     """Plant the mistakes named, or all, two at a time; print which claim catches each -> exit code."""
-    known, start, caught = read_mistakes(), time.perf_counter(), 0
+    known, caught = read_mistakes(), 0
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no mistake {unknown[0]!r}; study/mistakes.md lists them")
     chosen = [known[name] for name in names or known]
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
     with FORK.Pool(2, leave_signals, maxtasksperchild=1) as pool:
         for mistake, claim in zip(chosen, pool.imap(first_failure, chosen), strict=True):
             caught += claim is not None
             say(f"{'caught' if claim else 'NOT CAUGHT'}  {mistake.name} ({mistake.function}): {mistake.idea}\n"
                 f"        by: {claim or 'no claim'}")
-    say(f"{caught} of {len(chosen)} mistakes caught in {time.perf_counter() - start:.0f} s")
+    say(f"{caught} of {len(chosen)} mistakes caught")
     return int(caught < len(chosen))
 
 
@@ -109,16 +107,14 @@ def evaluate(mistake, flags):
 
 
 def measure(name, flags):
-    """Let toy/evaluate.py measure the code with one mistake in it, unless it has done so."""
+    """Let toy/evaluate.py measure the code with one mistake in it, unless it has done so -> exit code, if it fails."""
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         more = ["--json", f"{path}.new", *flags, *["--seed", "1000"] * (name == AGAIN)]
         process = FORK.Process(target=evaluate, args=(read_mistakes().get(name), more))
         process.start()
         process.join()
-        if process.exitcode:
-            sys.exit(process.exitcode)
-        os.replace(f"{path}.new", path)
+        return process.exitcode or os.replace(f"{path}.new", path)
 
 
 def row(name, result, right):
@@ -135,16 +131,16 @@ def cost(flags, folder=None):
     """Measure what is not measured yet and print its row; --write also puts the table of all that is into the page."""
     flags, write = [flag for flag in flags if flag != "--write"], "--write" in flags
     FOLDER.mkdir(parents=True, exist_ok=True)
-    page = ROOT / "study" / "README.md"
     names = [RIGHT, *(name for name, mistake in read_mistakes().items() if re.match(DECODING, mistake.function)), AGAIN]
     for name in names:
-        measure(name, flags)
-        paths = (FOLDER / f"{name}.json" for name in names)
-        results = {path.stem: json.loads(path.read_text("utf-8")) for path in paths if path.is_file()}
+        if code := measure(name, flags):
+            return code
+        results = {path.stem: json.loads(path.read_text("utf-8"))
+                   for path in (FOLDER / f"{name}.json" for name in names) if path.is_file()}
         if any(result[key] != results[RIGHT][key] for result in results.values() for key in ("sampling", "n_prompts")):
             raise ValueError(f"{FOLDER} has results of other flags, too: give the same again, or remove it")
         rows = ["| code | attributes as asked | difference, in points (95%) | Frechet distance | diversity |",
                 "|---|---|---|---|---|", *(row(name, result, results[RIGHT]) for name, result in results.items())]
         if write:
-            page.write_text(replaced(page.read_text("utf-8"), "cost", "\n".join(rows)), "utf-8", newline="\n")
+            PAGE.write_text(replaced(PAGE.read_text("utf-8"), "cost", "\n".join(rows)), "utf-8", newline="\n")
         say("\n".join([*rows[:2] * (name == RIGHT), row(name, results[name], results[RIGHT])]))

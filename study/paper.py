@@ -88,10 +88,8 @@ def subjects(found, module, test, marked):
         if missing := [name for name in names if name not in found]:
             raise ValueError(f"{test.id}: its marker names {missing[0]}, which is no function")
         return [found[name] for name in names]
-    known = {}  # names without underscores; of a method that several classes have, the last class is meant
-    for function in [function for function in found.values() if function.module == module]:
-        for name in (function.name, function.node.name):
-            known[re.sub(r"[._]", "", name).lower()] = function
+    known = {re.sub(r"[._]", "", name).lower(): one  # of a method that several classes have, the last is meant
+             for one in found.values() if one.module == module for name in (one.name, one.node.name)}
     beginnings = accumulate(test.name.split("_")[1:])
     return [known[name] for name in beginnings if name in known][-1:]
 

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import soundfile
@@ -17,7 +18,7 @@ from model import load_model
 from study import ROOT
 from support.cli import Parser, add_flags, from_flags, pick_device, pick_dtype, say
 from support.files import whole_file
-from support.request import Request, check_gap, known_codes
+from support.request import Request, known_codes, plan_clips
 from t5_encoder import T5Encoder
 
 SOUND_BYTES = 2_700_000  # of all sounds together, before they are written as text, which takes a third more
@@ -75,8 +76,8 @@ def page(steps, config, codec, codes, prompt, title, mask_id):
     data = {"prompt": prompt, "title": title, "settings": differs, "K": K, "T": T, "frame_rate": codec.frame_rate,
             "given": "".join("x" if x else "." for x in (codes[0, 0] != mask_id).tolist()),
             "steps": [told(step, config, K, T) for step in steps], "audio": audio, "stands": stands}
-    template = (ROOT / "study" / "watch.html").read_text(encoding="utf-8")
-    return template.replace("/*DATA*/", json.dumps(data).replace("</", "<\\/"))
+    return (ROOT / "study" / "watch.html").read_text("utf-8").replace(
+        "/*DATA*/", json.dumps(data).replace("</", "<\\/"))
 
 
 def watch(arguments, folder=None):
@@ -87,26 +88,22 @@ def watch(arguments, folder=None):
     add_flags(parser, Request, sample.SamplingConfig)
     args = parser.parse_args(arguments)
     request = from_flags(args, Request())
-    if Path(request.out).suffix != ".html":
-        raise ValueError(f"--out {request.out}: the page's name must end in .html")
-    if request.n > 1 or request.only and len(request.only) > 1:
-        raise ValueError("watch shows one clip: --n must be 1, and --only one number")
-    check_gap(request)
+    if Path(request.out).suffix != ".html" or request.n > 1 or len(request.only or ()) > 1:
+        raise ValueError(f"--out {request.out}: the page's name must end in .html, and --n and --only name one clip")
+    clip, = plan_clips(replace(request, out=str(Path(request.out).with_suffix(".wav"))), [args.prompt])
     device = pick_device(request.device)
     model, companions = load_model(request.model, device, pick_dtype(request.dtype, device))
     config = from_flags(args, sample.SamplingConfig(**companions.sampling))
     codec = load_codec(request.codec or companions.codec, model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(request.text_encoder or companions.text_encoder)
     companions.check(codec, encoder)
-    rescorer = None
-    if request.rescorer is not None:
-        rescorer, needs = load_model(request.rescorer, device)
-        needs.check(codec, encoder, f"--rescorer {request.rescorer}")
+    rescorer, needs = load_model(request.rescorer, device) if request.rescorer else (None, companions)
+    needs.check(codec, encoder, f"--rescorer {request.rescorer}")
     codes, _ = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
     if codes.shape[2] > math.ceil(model.config.seconds * codec.frame_rate):
         raise ValueError(f"watch shows one window: at most {model.config.seconds:g} s with this model")
     negative = None if request.negative_prompt is None else encoder.encode_text([request.negative_prompt])
-    steps, streams = [], sample.clip_streams(request.seed, request.only or [1])
+    steps, streams = [], sample.clip_streams(request.seed, [clip.number])
     sample.generate(model, *encoder.encode_text([args.prompt]), codes, config, streams, negative, rescorer,
                     lambda **step: steps.append(step), codec.frame_rate)
     if not steps:

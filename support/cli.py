@@ -121,7 +121,7 @@ def run(main):
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:  # the last: of what a device, or a student, lacks
         tell("error", error)
         sys.exit(2)
     except KeyboardInterrupt as stop:

@@ -40,17 +40,12 @@ class Request(Config):
 Clip = namedtuple("Clip", "number prompt path")  # to make; number: from 1, its random numbers follow from seed and it
 
 
-def check_gap(request):
-    """ValueError if the flags of a gap are not given together."""
-    gap = [x is not None for x in (request.inpaint, request.gap_start, request.gap_end)]
-    if any(gap) and (not all(gap) or request.audio_prompt or request.seconds or request.gap_start >= request.gap_end):
-        raise ValueError("--inpaint, --from and a later --to go together, without --audio-prompt and --seconds")
-
-
 def plan_clips(request, prompts):
     """The clips to make: `n` of each prompt, in numbered files if there are several; or those that `only` names.
     ValueError or OSError, before anything is loaded, if they cannot be made or written."""
-    check_gap(request)
+    gap = [x is not None for x in (request.inpaint, request.gap_start, request.gap_end)]
+    if any(gap) and (not all(gap) or request.audio_prompt or request.seconds or request.gap_start >= request.gap_end):
+        raise ValueError("--inpaint, --from and a later --to go together, without --audio-prompt and --seconds")
     out, count, clips = Path(request.out), len(prompts) * request.n, []
     for number in request.only or range(1, count + 1):
         if number > count and len(prompts) > 1:

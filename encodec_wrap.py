@@ -105,7 +105,7 @@ class Codec(nn.Module):
 
     @torch.inference_mode()
     def encode(self, wav):
-        """[Sec. 2] Audio (B, 1, S) at `sample_rate`, on any device -> codes (B, K, T), T = ceil(S / hop length)."""
+        """[Sec. 2] Audio (B, 1, S) at `sample_rate`, any device -> codes (B, K, T) long, T = ceil(S / hop length)."""
         if wav.dim() != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
             raise ValueError(f"encode wants audio of shape (B, 1, S) with S > 0, not {tuple(wav.shape)}")
         layers = self.model.encoder.model

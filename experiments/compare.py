@@ -28,7 +28,8 @@ from toy import WORLDS, world_of
 from toy.evaluate import SPLITS, evaluate, with_interval
 
 WEIGHTS, PROMPTS = (0.25, 0.5, 0.75), (0.0, 1.0, 2.0, 4.0)  # of the rescorer; seconds of a hybrid's prompt
-SIBLINGS = {"MAGNeT + rescoring": "MAGNeT", "hybrid 0 s": "MAGNeT", "hybrid 4 s": "autoregressive"}
+SIBLINGS = {"autoregressive": "MAGNeT", "MAGNeT + rescoring": "MAGNeT", "hybrid 0 s": "MAGNeT",
+            "hybrid 4 s": "autoregressive"}
 FRAME_RATE = 50  # of the models of `latency`
 SHAPES = {  # of the models of `latency`
     "small": {"dim": 1024, "n_heads": 16, "n_layers": 24, "card": 2048, "text_dim": 768},  # as magnet-small
@@ -205,7 +206,7 @@ def print_differences(rows, data="toy"):
         sibling = SIBLINGS.get(method) or SIBLINGS.get(f"{method} {setting}")
         if (sibling, "") in cells:
             middle, low, high = paired_difference(cell, cells[sibling, ""], data)
-            say(f"{method} {setting} against {sibling}: {middle:+.1f} points ({low:+.1f} to {high:+.1f})")
+            say(f"{method} {setting}".strip() + f" against {sibling}: {middle:+.1f} points ({low:+.1f} to {high:+.1f})")
 
 
 def plot_latency(plt, rows, path):

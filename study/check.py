@@ -119,7 +119,6 @@ class Observer:
             result = mine(*args, **named)
             self.calls = [*self.calls[-99:], (given, keep(result))]
             return result
-
         return recorded
 
     def first_difference(self):

@@ -1,8 +1,7 @@
 """Your functions in place of ours, everywhere they are used, for as long as the process lives.
 
-A file of `my/` is compiled from its text and never imported: it leaves nothing in `__pycache__`. Ours is replaced under
-every name that it has in a module of this repository (`from masking import span_mask` makes a second one), and in the
-dictionaries that modules hold.
+A file of `my/` is compiled from its text and never imported: it leaves no `__pycache__`. Ours is replaced under every
+name that it has in a module of this repository, where imports make more, and in the dictionaries that modules hold.
 """
 
 import importlib
@@ -62,7 +61,10 @@ def play(arguments, folder, module="sample"):
     plant(folder)
     print("with yours in place of ours:", *[exercise.name for exercise in begun(folder)], file=sys.stderr)
     sys.argv = [f"{module}.py", *arguments]
-    importlib.import_module(module).main()
+    try:
+        importlib.import_module(module).main()
+    except NotImplementedError as error:  # what `start` wrote, unchanged
+        raise ValueError(error) from error
 
 
 train = partial(play, module="train")

@@ -27,9 +27,8 @@ SOUND_BYTES = 2_700_000  # of all sounds together, before they are written as te
 def told(step, config, K, T):
     """A step as the page wants it: numbers for the curves, who is hidden and how sure, of the one clip."""
     if "position" in step:  # from left to right: codebook k of frame f is written at position f + k + 1
-        written = min(step["position"], T + K)
-        return {"position": step["position"], "rate": 1 - written / (T + K), "temperature": config.ar_temperature,
-                "guidance": config.ar_guidance}
+        return {"position": step["position"], "rate": 1 - min(step["position"], T + K) / (T + K),
+                "temperature": config.ar_temperature, "guidance": config.ar_guidance}
     stage, number = step["stage"], step["step"]
     steps = config.decoding_steps[min(stage, len(config.decoding_steps) - 1)]
     rate = sample.mask_rate(number, steps, config.schedule)

@@ -121,7 +121,7 @@ def run(main):
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (ValueError, OSError, NotImplementedError) as error:  # the last: of what a device, or a student, lacks
+    except (ValueError, OSError) as error:
         tell("error", error)
         sys.exit(2)
     except KeyboardInterrupt as stop:

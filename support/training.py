@@ -158,6 +158,6 @@ class Run:
             save_whole({
                 "config": portable(asdict(self.config), self.flags.out), "model_config": asdict(self.model.config),
                 **portable(asdict(self.companions), self.flags.out), "step": step, "losses": self.losses, "rng": rng,
-                "seconds": time.time() - self.start, "log_size": self.log.stat().st_size,
+                "seconds": time.time() - self.start, "log_size": self.log.stat().st_size if self.log.is_file() else 0,
                 "model": self.model.state_dict(), "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, self.path)

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import copy
 import csv
+import gc
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # here, before there is a process group: default values of its functions would hold it
 from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -32,7 +34,8 @@ def join_processes(device):
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # long: one process encodes, the others wait
-        atexit.register(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)  # ends its threads if nothing else holds it, so before that
+        atexit.register(gc.collect)  # all is freed that does: a thread that outlived Python would abort the process
     if device.type == "cuda":
         torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     return torch.device("cpu") if device.type == "mps" else device  # gloo knows no MPS

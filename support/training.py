@@ -51,7 +51,8 @@ class Run:
         self.model, self.ema = model, copy.deepcopy(model, frozen).eval().requires_grad_(False)  # which it shares
         self.network = torch.compile(model) if flags.compile else model
         if WORLD > 1:  # gradients are averaged over the processes
-            self.network = DistributedDataParallel(self.network, find_unused_parameters=True)
+            one_head = model.config.objective == "magnet"  # is used at a time, and the other heads have no gradient
+            self.network = DistributedDataParallel(self.network, find_unused_parameters=one_head)
             self.network.mask_id, self.network.config = model.mask_id, model.config  # which the losses ask for
         self.validate, self.valid_clips = validate, valid_clips
         self.columns = ["step", "loss", "lr", "seconds", "chance", *(

@@ -5,7 +5,7 @@ import json
 import os
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +32,9 @@ def whole_file(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for litter in path.parent.glob(f".{path.name}.*.tmp"):
-        if time.time() - litter.stat().st_mtime > 3600:
-            litter.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process may just have finished it
+            if time.time() - litter.stat().st_mtime > 3600:
+                litter.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -134,7 +135,8 @@ def portable(settings, folder):
     that both can be moved, others by their absolute place. What is no place (toy, t5-base) stays."""
     base = Path(folder).resolve()
     for key in PLACES & settings.keys():
-        path = Path(settings[key]).resolve()
+        path = Path(settings[key]).absolute()
+        path = path.parent.resolve() / path.name  # a link stays one: what it points to may bear another name
         if path.exists() and settings[key] not in ("toy", "tunes", "musicbench"):
             near = os.path.join(".", os.path.relpath(path, base))  # the dot tells `located` that it is a place
             settings = settings | {key: near if base.parent in path.parents else str(path)}

@@ -7,8 +7,11 @@ import tarfile
 import zlib
 from gzip import BadGzipFile
 
+from filelock import FileLock
+
 from support.cli import say
 from support.data import find_entries, texts_of
+from support.files import whole_file
 from support.hub import fetch
 
 REPOSITORY, ARCHIVE = "amaai-lab/MusicBench", "MusicBench.tar.gz"  # a data set of the Hugging Face hub
@@ -44,16 +47,19 @@ def unpack(archive, folder):
 def musicbench_entries(folder, caption_key, sample_rate):
     """(training entries, entries of test A) for `load_data`; fetched and unpacked once. ConnectionError."""
     source, root, entries = fetch(REPOSITORY, *LISTS, ARCHIVE, repo_type="dataset"), folder / "datashare", []
-    if not folder.is_dir():
-        say(f"unpacking {source / ARCHIVE} into {folder}")
-        unpack(source / ARCHIVE, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            say(f"unpacking {source / ARCHIVE} into {folder}")
+            unpack(source / ARCHIVE, folder)
     for path in [source / name for name in LISTS[:2]]:
         lines, manifest = [], root / f"{path.stem}.jsonl"
         for line in path.read_bytes().splitlines():
             location, = texts_of(line, "location")  # its folder's _aug2 may lack, or be too much
             other = location.replace(*("_aug2/", "/") if "_aug2/" in location else ("/", "_aug2/"), 1)
             lines.append(json.loads(line) | {"location": location if (root / location).is_file() else other})
-        manifest.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+        with whole_file(manifest) as temporary:
+            temporary.write_text("\n".join(map(json.dumps, lines)), "utf-8")
         found, skipped, _ = find_entries(manifest, "location", caption_key, sample_rate)
         say("".join(f"skipped {where}: {why}\n" for where, why in skipped) + f"{path.name}: {len(found)} recordings")
         entries.append(found)

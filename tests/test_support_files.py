@@ -36,6 +36,7 @@ def test_whole_file_removes_what_killed_processes_left_behind_but_nothing_fresh(
     for path in (old, fresh):
         path.write_text("half")
     os.utime(old, (time.time() - 4000,) * 2)
+    (tmp_path / ".file.txt.13.tmp").symlink_to("gone")  # as another process's is, once it is finished
     with whole_file(tmp_path / "file.txt") as temporary:
         temporary.write_text("whole")
     assert not old.exists() and fresh.exists()
@@ -135,8 +136,9 @@ def test_companions_check_refuses_a_codec_or_text_encoder_of_other_weights():
 
 def test_portable_settings_are_located_after_the_run_was_moved_with_what_lies_beside_it(tmp_path, monkeypatch):
     (tmp_path / "here" / "run").mkdir(parents=True)
-    for name in ("here/codec.pt", "here/run/own.pt", "far", "toy"):
+    for name in ("blob", "here/run/own.pt", "far", "toy"):
         (tmp_path / name).touch()
+    (tmp_path / "here" / "codec.pt").symlink_to("../blob")  # and stays a link: it has another name
     monkeypatch.chdir(tmp_path)  # in which there is a file "toy", too
     kept = files.portable({"data": "toy", "codec": "here/codec.pt", "seconds": 1}, "here/run")
     assert kept == {"data": "toy", "codec": "./../codec.pt", "seconds": 1}

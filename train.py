@@ -362,6 +362,8 @@ def main():
     if config.train_blocks > config.n_layers:
         raise ValueError(f"--train-blocks {config.train_blocks}: the model has only {config.n_layers}")
     device = join_processes(pick_device(flags.device)) if WORLD > 1 else pick_device(flags.device)
+    if flags.checkpoint_blocks and config.dropout and device.type == "mps":
+        raise ValueError("--checkpoint-blocks on MPS wants --dropout 0: dropout cannot be repeated there")
     codec = load_codec(config.codec, config.n_codebooks or None, device)
     if not sum(config.stage_weights[:codec.n_codebooks]):
         raise ValueError(f"--stage-weights {config.stage_weights}: trains none of {codec.n_codebooks} codebooks")

@@ -76,13 +76,11 @@ class Run:
             load_strictly(self.ema, state["ema"], self.path)
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
-                self.scaler.load_state_dict(state["scaler"])
+                if state["scaler"]:  # empty unless it was written in half precision
+                    self.scaler.load_state_dict(state["scaler"])
                 self.first, self.losses = int(state["step"]), list(state.get("losses", []))
                 self.start -= state.get("seconds", 0.0)
                 self.generator.set_state(state["rng"]["generator"])
-                torch.set_rng_state(state["rng"]["torch"])
-                if device.type in state["rng"]:
-                    getattr(torch, device.type).set_rng_state(state["rng"][device.type])
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{self.path}: is damaged and cannot be resumed from ({error!r})") from error
         if RANK == 0:
@@ -97,6 +95,7 @@ class Run:
         self.bar = tqdm(range(self.first, self.config.steps), initial=self.first, total=self.config.steps,
                         disable=RANK > 0 or None, unit="step")
         for step in self.bar:
+            torch.manual_seed(hash((self.config.seed, step, RANK)))  # dropout's, on every device
             yield step
             if self.total(len(asked)):
                 self.save(step + 1)
@@ -156,12 +155,10 @@ class Run:
         if RANK == 0:
             if not all(weight.isfinite().all() for weight in self.model.parameters()):
                 raise ValueError(f"step {step}: training diverged, weights are not finite; the last checkpoint is kept")
-            rng = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
-            if self.device.type != "cpu":
-                rng[self.device.type] = getattr(torch, self.device.type).get_rng_state()
             save_whole({
                 "config": portable(asdict(self.config), self.flags.out), "model_config": asdict(self.model.config),
-                **portable(asdict(self.companions), self.flags.out), "step": step, "losses": self.losses, "rng": rng,
-                "seconds": time.time() - self.start, "log_size": self.log.stat().st_size if self.log.is_file() else 0,
-                "model": self.model.state_dict(), "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, self.path)
+                **portable(asdict(self.companions), self.flags.out), "step": step, "losses": self.losses,
+                "rng": {"generator": self.generator.get_state()}, "seconds": time.time() - self.start,
+                "log_size": self.log.stat().st_size if self.log.is_file() else 0, "model": self.model.state_dict(),
+                "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict()}, self.path)

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -482,7 +483,7 @@ def test_train_that_diverges_stops_with_one_line_and_keeps_the_last_finite_check
 
 
 def test_train_touches_a_run_only_to_resume_it_with_its_own_settings_and_not_if_it_is_finished_or_in_use(
-        train_tiny, tiny_run, tmp_path):
+        train_tiny, tiny_run, tmp_path, monkeypatch):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     with pytest.raises(ValueError, match="holds a run already.*--resume"):
         train_tiny(run)
@@ -490,6 +491,7 @@ def test_train_touches_a_run_only_to_resume_it_with_its_own_settings_and_not_if_
         train_tiny(run, "--resume --dim 96")
     with FileLock(run / ".lock"), pytest.raises(ValueError, match="another process trains there"):
         train_tiny(run, "--resume")
+    monkeypatch.setattr("support.training.pick_dtype", lambda *_: torch.float16)  # on another machine
     train_tiny(run, "--resume")
     assert_same((read_state(run), read_log(run)), (read_state(tiny_run), read_log(tiny_run)))
     assert sorted(os.listdir(run)) == [".lock", "checkpoint.pt", "log.csv"]
@@ -497,9 +499,9 @@ def test_train_touches_a_run_only_to_resume_it_with_its_own_settings_and_not_if_
 
 # Both objectives in one launch of the two processes, because it is the launch that takes long.
 TWO = """
-import atexit, glob, sys
-atexit.register(lambda: print([open(name).read() for name in glob.glob("/proc/self/task/*/comm")]))  # the very last
-import train
+import atexit, sys, torch, train
+from glob import glob
+atexit.register(lambda: print(f"seed {torch.initial_seed()} {[next(open(x)) for x in glob('/proc/self/task/*/comm')]}"))
 flags = sys.argv[1:]
 for objective in ("magnet", "hybrid"):
     sys.argv = ["train.py", *flags, "--out", objective, "--objective", objective]
@@ -516,6 +518,7 @@ def test_train_in_two_processes_has_the_losses_and_the_gradients_of_one(train_ti
                            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert ended.returncode == 0, ended.stderr
     assert "gloo" not in ended.stdout, "a thread that outlives Python aborts the process, now and then"
+    assert len(set(re.findall(r"seed (\d+)", ended.stdout))) == 2, "each drops out other values"
     for objective in ("magnet", "hybrid"):
         one, two = train_tiny(tmp_path / "one" / objective, f"{flags} --objective {objective}"), tmp_path / objective
         assert losses(two) == pytest.approx(losses(one), rel=1e-4)

@@ -45,9 +45,10 @@ def attention(q, k, v, may_attend=None):
     """[Sec. 2] softmax(q k^T / sqrt(D)) v over the keys where `may_attend` is True; every query must have one.
 
     q: (..., T, D); k, v: (..., keys, D); may_attend: bool, broadcast to (..., T, keys). The last three lines are the
-    formula; torch's fused kernel computes the same, faster but when training on a CPU in half precision.
+    formula; torch's fused kernel is faster, but not on a CPU training in half precision; few queries err on MPS.
     """
-    if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
+    slow = q.device.type == "cpu" and q.dtype != torch.float32 and torch.is_grad_enabled()
+    if not slow and (q.device.type != "mps" or q.shape[-2] > 8):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
     scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)
     scores = scores if may_attend is None else scores.masked_fill(~may_attend, -torch.inf)
@@ -312,8 +313,7 @@ def read_audiocraft(content, path):
     ours = [(published, name) for name, published in TENSOR_NAMES]
     state = {rename(name, ours): tensor for name, tensor in content["best_state"].items()}
     for name in [name for name in state if name.endswith("cross_attn.q.weight")]:  # q, k and v stacked: q is apart here
-        stacked = state[name]
-        state[name], state[name.replace(".q.", ".kv.")] = stacked.tensor_split([len(stacked) // 3])
+        state[name], state[name.replace(".q.", ".kv.")] = state[name].tensor_split([len(state[name]) // 3])
     folder, codec = path.parent, path.with_name("compression_state_dict.bin")
     return ModelConfig(text_dim=state["text_proj.weight"].shape[1], **fields), state, Companions(
         str(codec) if codec.is_file() else beside(folder, "facebook/encodec_32khz"),

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from encodec_wrap import load_codec
 from model import load_model
 from support.files import save_whole
 from t5_encoder import T5Encoder
-from toy import export, likelihood, train_codec, world
+from toy import SOURCES, entries_of, export, likelihood, train_codec, world
 from toy.evaluate import frechet, labels_of, swap_shares, swapped_prompts
 from toy.judge import cross_check, load_judge
 from toy.signals import pitch
@@ -40,6 +41,15 @@ def test_example_is_the_same_clip_for_the_same_three_numbers_only():
     assert np.array_equal(wav, again) and more == same == [*describe(5, "unseen", 3)[1::-1]]
     clips = (0, "train", 0), (1, "train", 0), (0, "train", 1), (0, "valid", 0)
     assert len({world.example(*clip)[0].tobytes() for clip in clips}) == 4
+
+
+def test_a_world_is_encoded_anew_when_any_file_changes_that_its_sound_comes_from(monkeypatch):
+    for files in SOURCES.values():
+        text = "".join((ROOT / "toy" / file).read_text("utf-8") for file in files)
+        assert {f"{name}.py" for name in re.findall(r"^from toy\.(\w+) import", text, re.MULTILINE)} < set(files)
+    key = entries_of("toy", {"train": 1}, 1)[0][0].key
+    monkeypatch.setitem(SOURCES, "toy", ("tunes.py",))
+    assert entries_of("toy", {"train": 1}, 1)[0][0].key != key
 
 
 def test_combinations_hold_every_combination_once_and_only_the_named_pairs_are_unseen():
@@ -132,16 +142,15 @@ def test_export_keeps_what_sampling_needs_in_few_bits_and_sampling_flags_become_
     model = make_magnet()
     content = {"config": {"a": 1}, "model_config": vars(model.config), "codec": "../codec.pt", "text_encoder": "toy",
                "step": 7, "codec_id": "c0", "text_encoder_id": "e0", "ema": model.state_dict(), "model": {},
-               "optimizer": {}, "rng": {}}
+               "optimizer": {}, "rng": {}, "sampling": {"guidance_start": 5.0, "temperature": 2.0}}
     save_whole(content, tmp_path / "run" / "checkpoint.pt")
     (tmp_path / "codec.pt").touch()
     call(export, *"run out/small.pt --guidance-start 3 --top-p 0.9 --decoding-steps 40 10 10 10".split())
     small = torch.load(tmp_path / "out/small.pt", weights_only=True)
-    assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"sampling", "scales"}
+    assert set(small) == set(content) - {"model", "optimizer", "rng"} | {"scales"}
     loaded, own = load_model(tmp_path / "out/small.pt")
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=5e-3, rtol=0)  # up to 1.06 / 254
-    assert own.sampling == {"guidance_start": 3.0, "decoding_steps": (40, 10, 10, 10)}, "what is not the default anyway"
-    assert load_model(tmp_path / "run")[1].sampling == {}, "a training run has none"
+    assert own.sampling == {"guidance_start": 3.0, "temperature": 2.0, "decoding_steps": (40, 10, 10, 10)}
     assert Path(own.codec).samefile(tmp_path / "codec.pt"), "beside the run, and now beside the export"
 
 

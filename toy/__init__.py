@@ -11,6 +11,7 @@ from pathlib import Path
 from support.data import Entry
 
 WORLDS = {"toy": "toy.world", "tunes": "toy.tunes"}
+SOURCES = {"toy": ("world.py",), "tunes": ("tunes.py", "band.py", "tunebook.py")}  # on which the sound depends
 
 
 def world_of(name):
@@ -25,7 +26,8 @@ def entries_of(name, numbers, seconds):
 
     Their keys hold a hash of the world's source, so that a changed world is encoded anew."""
     world = importlib.import_module(WORLDS[name])
-    version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()
+    source = b"".join((Path(__file__).parent / file).read_bytes() for file in SOURCES[name])
+    version = hashlib.sha256(source).hexdigest()
     return [[Entry(f"{split} {i}", f"{version}-{split}-0-{i}",
                    lambda i=i, split=split: iter([world.example(i, split, 0, seconds)[0]]),
                    world.describe(i, split, 0)[1]) for i in range(n)] for split, n in numbers.items()]

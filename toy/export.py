@@ -1,6 +1,7 @@
 """Shrink a training run to the one file that ships: config and averaged weights, in 8 bits each.
 
-Sampling flags that are given become the model's own settings, which `sample.py` takes where it is told nothing else.
+Sampling flags that are given are added to the model's own settings, which `sample.py` takes where it is told nothing
+else; a run has those of what it began from.
 
 The run's log goes beside it, and its validation is printed as a table: cross-entropy per codebook, in nats, mean over
 the mask rates.
@@ -17,6 +18,7 @@ import torch
 from sample import SamplingConfig
 from support.cli import Parser, add_flags, from_flags, run, say
 from support.files import located, portable, read_checkpoint, save_whole
+from support.hub import make_config
 
 
 def print_validation(log):
@@ -54,7 +56,8 @@ def main():
     small = portable(located({key: content[key] for key in kept}, args.run), args.out.parent)
     small["ema"], small["scales"] = quantized(content["ema"])
     default = vars(SamplingConfig())
-    small["sampling"] = {k: v for k, v in vars(from_flags(args, SamplingConfig())).items() if v != default[k]}
+    config = from_flags(args, make_config(SamplingConfig, content.get("sampling", {}), args.run))
+    small["sampling"] = {k: v for k, v in vars(config).items() if v != default[k]}
     save_whole(small, args.out)
     log = args.run / "log.csv"
     if log.is_file():

@@ -16,6 +16,7 @@ import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,8 @@ def quiet():
 def corpus():
     """All tunes of use, each with its `split`, from its family: read in half a minute once, then from a file."""
     books = folder_of("music21") / "corpus"
-    source = "".join(map(inspect.getsource, (read_tune, notes_of, families))) + symusic.__version__
+    source = "".join(map(inspect.getsource, (read_tune, notes_of, families)))
+    source += f"{symusic.__version__} {version('music21')} {BOOKS}"
     path = Path.home() / ".cache" / "magnet-tunes" / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.npz"
     names = ("dance", "mode", "tonic", "bar", "first", "family")
     if not path.is_file():

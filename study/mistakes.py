@@ -2,7 +2,8 @@
 
 `python -m study mistakes` plants each in a process of its own and runs the claims about its function, to the first that
 fails. `python -m study cost` lets the toy model play with it, with the flags of toy/evaluate.py. It keeps each result
-in runs/cost, so that it can be stopped and go on; `--write` puts what there is into study/README.md.
+in runs/cost, in a folder for each choice of flags, so that it can be stopped and go on; `--write` puts what there is
+into study/README.md.
 """
 
 import json
@@ -106,9 +107,8 @@ def evaluate(mistake, flags):
     run(evaluate.main)
 
 
-def measure(name, flags):
+def measure(name, path, flags):
     """Let toy/evaluate.py measure the code with one mistake in it, unless it has done so -> exit code, if it fails."""
-    path = FOLDER / f"{name}.json"
     if not path.is_file():
         more = ["--json", f"{path}.new", *flags, *["--seed", "1000"] * (name == AGAIN)]
         process = FORK.Process(target=evaluate, args=(read_mistakes().get(name), more))
@@ -119,7 +119,8 @@ def measure(name, flags):
 
 def row(name, result, right):
     """A row of the table; the difference is that of the same clips played by the right code."""
-    shares, wanted = ([int(n) / 5 for part in r["right"].values() for n in part] for r in (result, right))
+    whole = len(right["adherence"]["model, seen"]) - 1  # the attributes; "overall" stands beside them
+    shares, wanted = ([int(n) / whole for part in r["right"].values() for n in part] for r in (result, right))
     points = [100 * (a - b) for a, b in zip(shares, wanted, strict=True)]
     mean, reach = statistics.mean(points), 1.96 * statistics.stdev(points) / len(points) ** 0.5
     difference = f"{mean:+.1f} ({mean - reach:+.1f} to {mean + reach:+.1f})" if name != RIGHT else ""
@@ -130,15 +131,14 @@ def row(name, result, right):
 def cost(flags, folder=None):
     """Measure what is not measured yet and print its row; --write also puts the table of all that is into the page."""
     flags, write = [flag for flag in flags if flag != "--write"], "--write" in flags
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    kept = FOLDER / (re.sub(r"[^\w.-]+", "_", " ".join(flags)).strip("-") or "own settings")
+    kept.mkdir(parents=True, exist_ok=True)
     names = [RIGHT, *(name for name, mistake in read_mistakes().items() if re.match(DECODING, mistake.function)), AGAIN]
     for name in names:
-        if code := measure(name, flags):
+        if code := measure(name, kept / f"{name}.json", flags):
             return code
         results = {path.stem: json.loads(path.read_text("utf-8"))
-                   for path in (FOLDER / f"{name}.json" for name in names) if path.is_file()}
-        if any(result[key] != results[RIGHT][key] for result in results.values() for key in ("sampling", "n_prompts")):
-            raise ValueError(f"{FOLDER} has results of other flags, too: give the same again, or remove it")
+                   for path in (kept / f"{name}.json" for name in names) if path.is_file()}
         rows = ["| code | attributes as asked | difference, in points (95%) | Frechet distance | diversity |",
                 "|---|---|---|---|---|", *(row(name, result, results[RIGHT]) for name, result in results.items())]
         if write:

@@ -167,8 +167,8 @@ def test_mistakes_says_which_claim_catches_one_and_refuses_a_name_that_it_does_n
 
 
 def test_cost_compares_a_mistake_with_the_right_code_clip_by_clip():
-    right, wrong = ({"right": {"seen": digits, "unseen": "55"}, "frechet": {"model": 300.4},
-                     "diversity": {"samples of one prompt": 9.96}} for digits in ("54", "34"))
+    same = {"frechet": {"model": 300.4}, "diversity": {"samples of one prompt": 9.96}}
+    right, wrong = ({"right": {"a": n, "b": "55"}, "adherence": {"model, seen": [0] * 6}, **same} for n in ("54", "34"))
     assert mistakes.row("m", wrong, right) == "| m | 85.0% | -10.0 (-29.6 to +9.6) | 300 | 10.0 |"
 
 

@@ -5,14 +5,10 @@ the readers of settings.
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ROOT
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -85,16 +81,6 @@ def test_fetch_names_a_file_and_a_repository_that_the_hub_has_not_and_asks_no_on
         fetch(NAME, "config.json", "nothing.bin")
     with pytest.raises(ConnectionError, match="RepositoryNotFound.*no/such/resolve/main/config.json"):
         fetch("no/such", "config.json")
-
-
-def test_fetch_obeys_the_environment_variables_of_the_library(local_hub, tmp_path):
-    put(local_hub.folder / NAME, config__json=b"{}")
-    code = f"from support.hub import fetch; print(fetch({NAME!r}, 'config.json'))"
-    env = {"HF_ENDPOINT": local_hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret"}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    ended = subprocess.run([sys.executable, "-c", code], env=kept | env, cwd=ROOT,
-                           capture_output=True, text=True, check=True)
-    assert ended.stdout.startswith(str(tmp_path / "home" / "hub")) and local_hub.token == "Bearer hf_secret"
 
 
 def test_fetch_url_checks_the_hash_and_keeps_the_file(local_hub):

@@ -48,7 +48,7 @@ def musicbench_entries(folder, caption_key, sample_rate):
     """(training entries, entries of test A) for `load_data`; fetched and unpacked once. ConnectionError."""
     source, root, entries = fetch(REPOSITORY, *LISTS, ARCHIVE, repo_type="dataset"), folder / "datashare", []
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             say(f"unpacking {source / ARCHIVE} into {folder}")
             unpack(source / ARCHIVE, folder)

@@ -164,8 +164,8 @@ def load_codec(name_or_path, n_codebooks=None, device="cpu"):
     if path.is_dir():
         path = next((path / file for file in (CODEC_FILE, *WEIGHTS.split("|")) if (path / file).is_file()), path)
     if not path.is_file():
-        raise ValueError(f"codec {str(path)!r} is unknown: want toy, encodec_24khz, {REPOSITORY}, or a codec's file "
-                         f"or folder (with {CODEC_FILE} or {' or '.join(WEIGHTS.split('|')[::2])})")
+        raise ValueError(f"codec {str(path)!r} is unknown: want toy, tunes, encodec_24khz, {REPOSITORY}, or a codec's "
+                         f"file or folder (with {CODEC_FILE} or {' or '.join(WEIGHTS.split('|')[::2])})")
     content = read_checkpoint(path)
     if "pretrained" in content:  # AudioCraft's music models name the codec of another repository
         if content["pretrained"] != REPOSITORY:

@@ -237,7 +237,7 @@ class T5Encoder(nn.Module):
         path, repository = SHIPPED.get(name, Path(name)), REPOSITORIES.get(name.split("/")[-1])
         if not path.exists():
             if repository is None or name not in (repository, repository.split("/")[-1]):
-                raise ValueError(f"text encoder {name!r} is neither a local path nor toy, {', '.join(REPOSITORIES)}")
+                raise ValueError(f"text encoder {name!r} is no local path, nor toy, tunes, {', '.join(REPOSITORIES)}")
             path = fetch(repository, WEIGHTS, CONFIG, TOKENIZER)
         folder = path if path.is_dir() else path.parent
         weights = next((folder / name for name in WEIGHTS.split("|") if (folder / name).is_file()), None)

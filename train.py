@@ -52,8 +52,8 @@ class TrainConfig(Config):
 
     objective: str = option("magnet", "masked (magnet), autoregressive (ar), or both (hybrid)", OBJECTIVES)
     data: str = option("toy", "toy, tunes, musicbench, a folder of audio and captions, or a JSON-lines manifest")
-    codec: str = option("toy", "toy, encodec_24khz, or a codec's file or folder")
-    text_encoder: str = option("toy", "toy, t5-small, t5-base, google/flan-t5-small, ..., or a folder")
+    codec: str = option("toy", "toy, tunes, encodec_24khz, or a codec's file or folder")
+    text_encoder: str = option("toy", "toy, tunes, t5-small, t5-base, google/flan-t5-small, ..., or a folder")
     n_codebooks: int = option(0, "use only the codec's first K codebooks; 0: all, but 4 of encodec_24khz", low=0)
     seconds: float = option(4.0, "length of the training clips", above=0, high=3600)
     audio_key: str = option("location", "where a manifest's lines name the audio file")

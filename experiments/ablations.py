@@ -20,6 +20,7 @@ computed again, and a training that was cut goes on, so the same command finishe
 import csv
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -133,7 +134,8 @@ def ablate_spans(args, common):
                 "steps": args.steps, "model": args.train_flags or "from nothing"}
         if is_done(path, cell):
             continue
-        out = args.out / f"span{span_len}-context{context:g}-seed{seed}-steps{args.steps}"
+        name = f"span{span_len}-context{context:g}-seed{seed}-steps{args.steps}-{args.data} {args.train_flags}"
+        out = args.out / re.sub(r"[^\w.-]+", "_", name.strip())  # another for other flags
         flags = [*("--data", args.data, "--codec", args.data, "--text-encoder", args.data) * (args.data != "toy"),
                  "--span-len", span_len, "--context-ms", context, "--seed", seed, "--steps", args.steps,
                  *shlex.split(args.train_flags)]

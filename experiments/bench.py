@@ -27,7 +27,7 @@ from experiments.export import published_state
 from masking import mask_codes, restricted_attention_mask
 from model import MAGNeT, ModelConfig, attention, local_attention
 from sample import SamplingConfig, generate
-from support.cli import pick_dtype, say
+from support.cli import pick_dtype, run, say
 from train import draw_hidden, masked_cross_entropy
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -273,6 +273,8 @@ def main():
     parser.add_argument("--cpu-time", action="store_true",
                         help="there, on a busy machine: CPU seconds, want OMP_NUM_THREADS=1")
     args = parser.parse_args()
+    if min(args.repeats, *args.frames, *args.seconds, *args.steps) < 1:
+        raise ValueError("--repeats, --frames, --seconds and --steps must be at least 1")
     say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; best of {args.repeats}")
     if args.frames:
         print_attention(args.frames, args.repeats)
@@ -284,4 +286,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -122,13 +122,13 @@ def export(run, folder):
     repository, sampling = REPOSITORIES.get(name.split("/")[-1]), SamplingConfig(**companions.sampling)
     if repository is None:
         name = "text_encoder"
-        say(f"the text encoder is written to {folder / name}: the official code, which knows T5 by its names only, "
-            "cannot use it")
     else:
         name = repository.removeprefix("google-t5/")
     write_model(model, folder, name, sampling, codec.sample_rate, codec.frame_rate)
     if repository is None:
         save_pretrained(T5Encoder.from_pretrained(companions.text_encoder), folder / name)
+        say(f"the text encoder is written to {folder / name}: the official code, which knows T5 by its names only, "
+            "cannot use it")
     if companions.codec == REPOSITORY:
         save_whole({"pretrained": REPOSITORY}, folder / CODEC_FILE)
     elif Path(companions.codec).name == CODEC_FILE:  # as published: a codec, or the name of one

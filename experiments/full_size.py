@@ -85,7 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description="peak memory and seconds of a full-size model with random weights")
     parser.add_argument("folder", type=Path, help="where to write the weights (1.6 GB for small); they are used again")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--clip", type=float, default=10.0, help="length of the training clips in seconds: 10 or 30")
+    parser.add_argument("--clip", type=float, default=10.0, choices=(10.0, 30.0), help="seconds of a training clip")
     parser.add_argument("--sounds", action="store_true", help="a sound-effect model: codec at 16 kHz, t5-large")
     parser.add_argument("--autoregressive", action="store_true", help="a MusicGen")
     parser.add_argument("--seconds", type=float, help="length to make (default: that of the training clips)")

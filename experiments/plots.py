@@ -83,12 +83,14 @@ def main():
     paths = {path: data for path, data in paths.items() if path.is_file()}
     if not paths:
         raise ValueError(f"{RESULTS} holds no CSV file of an ablation: run experiments.ablations first")
-    for path, data in paths.items():
-        rows = read_rows(path)
+    tables = {path: read_rows(path) for path in paths}
+    if args.against and not any(row["setting"] == args.against for rows in tables.values() for row in rows):
+        raise ValueError(f"--against {args.against!r}: is no setting of these tables")
+    for path, rows in tables.items():
         if len({(row["model"], row["n_prompts"], row.get("dtype")) for row in rows}) > 1:
             raise ValueError(f"{path}: has rows of several models, numbers of prompts or dtypes; keep those of one")
         draw(rows, path.with_suffix(".png"))
-        print_table(rows, data, args.against)
+        print_table(rows, paths[path], args.against)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """The classic mistakes of `mistakes.md`, one change each: which claim catches it, and what it costs.
 
 `python -m study mistakes` plants each in a process of its own and runs the claims about its function, to the first that
-fails. `python -m study cost` lets the toy model play with it, with the flags of toy/evaluate.py. It keeps each result
-in runs/cost, in a folder for each choice of flags, so that it can be stopped and go on; `--write` puts what there is
-into study/README.md.
+fails. `python -m study cost` lets the toy model play with it, with the flags of toy/evaluate.py. It keeps results
+in runs/cost, those of other flags apart, so that it can be stopped and go on; `--write` puts them into study/README.md.
 """
 
 import json

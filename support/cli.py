@@ -107,8 +107,8 @@ def say(text):
 
 
 def run(main):
-    """Call `main`; bad input (ValueError, OSError) ends the command with one line on stderr and exit code 2. A warning
-    is one line there, too. Ctrl-C and SIGTERM both raise KeyboardInterrupt: exit code 130 or 143."""
+    """Call `main`; bad input (ValueError, OSError) or a missing package ends the command with one line on stderr and
+    exit code 2. A warning is one line there, too. Ctrl-C and SIGTERM raise KeyboardInterrupt: exit code 130 or 143."""
     def interrupt(number, _):
         raise KeyboardInterrupt(number)
 
@@ -121,7 +121,7 @@ def run(main):
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         tell("error", error)
         sys.exit(2)
     except KeyboardInterrupt as stop:

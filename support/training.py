@@ -146,7 +146,8 @@ class Run:
             self.save(done)
         if sampled and RANK == 0:  # with the checkpoint just written, by `sample.py`
             command = [sys.executable, str(Path(__file__).parents[1] / "sample.py"), *flags.sample_captions, "--model",
-                       flags.out, "--out", f"{flags.out}/samples/step-{done:06d}.wav", "--device", str(self.device)]
+                       os.path.abspath(flags.out),  # which is no name of a model, as "toy" would be
+                       "--out", f"{flags.out}/samples/step-{done:06d}.wav", "--device", str(self.device)]
             if subprocess.run(command, capture_output=True).returncode:
                 say(f"could not write samples; to see why: {' '.join(map(repr, command))}")
 

@@ -71,7 +71,7 @@ def test_spans_train_once_and_go_on_where_they_were_cut(ablate, tmp_path, monkey
     assert ablate(flags, None).code == 130
     for _ in range(2):
         ablate(flags, lambda *_, **__: {"overall_seen": 0.5})
-    assert len(commands) == 2 and commands[1] == [*commands[0], "--resume"]
+    assert len(commands) == 2 and commands[1] == [*commands[0], "--resume"] and "dropout_0.5" in commands[0][3]
     assert "--span-len 3 --context-ms 100.0" in " ".join(commands[0]) and commands[0][-1] == "--dropout=0.5"
     row, = read_rows(tmp_path / "spans.csv")
     assert row["setting"] == "span 3, context restricted" and row["model"] == "--dropout=0.5"

@@ -53,7 +53,7 @@ def share_in_melody(clips, length):
 
 def test_tunes_say_in_one_line_which_packages_are_missing(monkeypatch):
     monkeypatch.setattr(tunebook, "symusic", None)
-    with pytest.raises(ValueError, match=r"requirements-tunes\.txt$"):
+    with pytest.raises(ModuleNotFoundError, match=r"requirements-tunes\.txt$"):
         tunebook.folder_of("music21")
 
 

@@ -171,6 +171,7 @@ def evaluate(name, config, device, n=300, swaps=0, floors=True, losses=True, see
         raise ValueError(f"{name} plays at {codec.sample_rate} Hz and the judge hears {', '.join(judge.attributes)}; "
                          f"--data {data} wants {place.SAMPLE_RATE} Hz and {', '.join(place.ATTRIBUTES)}")
     splits = SPLITS | ({"seen": "test"} if "test" in place.SPLITS else {})
+    place.example(0, splits["seen"], SEED)  # which asks for the packages of the tunes now, not after the playing
     second = None
     if rescorer is not None and config.rescorer_weight:
         second, needs = load_model(rescorer, device, pick_dtype("auto", device))
@@ -262,8 +263,8 @@ def main():
     parser.add_argument("--cache", default="cache")
     add_flags(parser, SamplingConfig)
     args = parser.parse_args()
-    if args.n < 4 or args.seed < 0:
-        raise ValueError(f"--n must be at least 4 and --seed at least 0, not {args.n} and {args.seed}")
+    if args.n < 4 or min(args.seed, args.swaps) < 0:
+        raise ValueError(f"want --n at least 4, --seed and --swaps at least 0, not {args.n}, {args.seed}, {args.swaps}")
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
     config = from_flags(args, SamplingConfig(**load_model(args.model)[1].sampling))

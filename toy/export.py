@@ -4,7 +4,7 @@ Sampling flags that are given are added to the model's own settings, which `samp
 else; a run has those of what it began from.
 
 The run's log goes beside it, and its validation is printed as a table: cross-entropy per codebook, in nats, mean over
-the mask rates.
+the mask rates, and, for a hybrid, the next tokens.
 
     python -m toy.export runs/toy toy/weights/magnet.pt
 """

@@ -202,6 +202,8 @@ def cross_check(judge, wav, labels, name="toy"):
 
 
 def train(args):
+    if (args.out / "judge.pt").exists():
+        raise ValueError(f"{args.out} holds a judge already: give another --out")
     torch.manual_seed(args.seed)
     wav, labels = draw_clips(args.clips, args.seed, args.data)
     if args.through_codec:
@@ -240,8 +242,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", nargs="?", const=True, help="do not train, check the judge that ships, or this file")
     args = parser.parse_args()
-    if args.steps < 1:
-        raise ValueError(f"--steps must be at least 1, not {args.steps}")
+    if min(args.steps, args.clips) < 1 or args.through_codec < 0:
+        raise ValueError(f"want --steps and --clips at least 1 and --through-codec at least 0, not {args.steps}, "
+                         f"{args.clips}, {args.through_codec}")
     args.codec = args.codec or weights_of(args.data) / "codec.pt"
     judge = load_judge((args.data if args.check is True else args.check) if args.check else train(args))
     wav, labels = draw_clips(500, args.seed + 1, args.data, **world_of(args.data).FRESH)

@@ -171,6 +171,8 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
         torch.manual_seed(args.seed + step)  # other cuts than before
+    elif checkpoint.exists():
+        raise ValueError(f"{args.out} holds a run already: give --resume, or another --out")
     known = args.data in WORLDS
     clips = world_clips(args.data, args.clips) if known else folder_clips(Path(args.data), args.clips, SECONDS)
     amp = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)

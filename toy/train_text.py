@@ -83,6 +83,8 @@ def main():
     args = parser.parse_args()
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, not {args.steps}")
+    if (args.out / TOKENIZER).exists():
+        raise ValueError(f"{args.out} holds a text encoder already: give another --out")
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -33,10 +33,10 @@ SHARES = {"train": 80, "valid": 5, "test": 15}  # of the families, in percent
 
 
 def folder_of(package):
-    """The folder of an installed package; ValueError in one line where the tunes' packages are missing."""
+    """The folder of an installed package; ModuleNotFoundError in one line where the tunes' packages are missing."""
     found = importlib.util.find_spec(package)
     if found is None or symusic is None:
-        raise ValueError("the tunes need packages of their own: pip install --no-deps -r requirements-tunes.txt")
+        raise ModuleNotFoundError("the tunes need more packages: pip install --no-deps -r requirements-tunes.txt")
     return Path(found.submodule_search_locations[0])
 
 

@@ -499,9 +499,9 @@ def test_train_touches_a_run_only_to_resume_it_with_its_own_settings_and_not_if_
 
 # Both objectives in one launch of the two processes, because it is the launch that takes long.
 TWO = """
-import atexit, sys, torch, train
-from glob import glob
-atexit.register(lambda: print(f"seed {torch.initial_seed()} {[next(open(x)) for x in glob('/proc/self/task/*/comm')]}"))
+import atexit, glob, sys, time, torch, train
+threads = lambda: time.sleep(1) or [next(open(x)) for x in glob.glob("/proc/self/task/*/comm")]  # the ended are gone
+atexit.register(lambda: print(f"seed {torch.initial_seed()} {threads()}"))
 flags = sys.argv[1:]
 for objective in ("magnet", "hybrid"):
     sys.argv = ["train.py", *flags, "--out", objective, "--objective", objective]

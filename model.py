@@ -45,7 +45,7 @@ def attention(q, k, v, may_attend=None):
     """[Sec. 2] softmax(q k^T / sqrt(D)) v over the keys where `may_attend` is True; every query must have one.
 
     q: (..., T, D); k, v: (..., keys, D); may_attend: bool, broadcast to (..., T, keys). The last three lines are the
-    formula; torch's fused kernel is faster, but not on a CPU training in half precision; few queries err on MPS.
+    formula; torch's fused kernel is faster, but not when a CPU trains in 16 bits, and errs on MPS for few queries.
     """
     slow = q.device.type == "cpu" and q.dtype != torch.float32 and torch.is_grad_enabled()
     if not slow and (q.device.type != "mps" or q.shape[-2] > 8):

@@ -182,12 +182,11 @@ def run_claims(function, observer=None, stop=False):
 
 def check(names, folder):
     """Run the claims of exercises, or of all that are begun; print the first that fails of each -> exit code."""
-    exercises, failed = chosen(names) if names else begun(folder), 0
-    files = {exercise.name: folder / f"{exercise.name}.py" for exercise in exercises}
-    if missing := [name for name, file in files.items() if not file.is_file()] or ["cosine_schedule"] * (not files):
+    exercises, failed = chosen(names) if names else begun(folder) or chosen(["cosine_schedule"]), 0
+    if missing := [exercise.name for exercise in exercises if exercise not in begun(folder)]:
         raise ValueError(f"{missing[0]} is not begun in {folder}: python -m study start {missing[0]}")
     for exercise in exercises:
-        observer, text = Observer(exercise.function, folder), files[exercise.name].read_text("utf-8")
+        observer, text = Observer(exercise.function, folder), (folder / f"{exercise.name}.py").read_text("utf-8")
         restore = plant(folder, [exercise], observer.wrap)
         try:
             results = run_claims(exercise.function, observer)

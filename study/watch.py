@@ -75,8 +75,7 @@ def page(steps, config, codec, codes, prompt, title, mask_id):
     data = {"prompt": prompt, "title": title, "settings": differs, "K": K, "T": T, "frame_rate": codec.frame_rate,
             "given": "".join("x" if x else "." for x in (codes[0, 0] != mask_id).tolist()),
             "steps": [told(step, config, K, T) for step in steps], "audio": audio, "stands": stands}
-    return (ROOT / "study" / "watch.html").read_text("utf-8").replace(
-        "/*DATA*/", json.dumps(data).replace("</", "<\\/"))
+    return (ROOT / "study/watch.html").read_text("utf-8").replace("/*DATA*/", json.dumps(data).replace("</", "<\\/"))
 
 
 def watch(arguments, folder=None):
@@ -91,13 +90,15 @@ def watch(arguments, folder=None):
         raise ValueError(f"--out {request.out}: the page's name must end in .html, and --n and --only name one clip")
     clip, = plan_clips(replace(request, out=str(Path(request.out).with_suffix(".wav"))), [args.prompt])
     device = pick_device(request.device)
-    model, companions = load_model(request.model, device, pick_dtype(request.dtype, device))
+    dtype = pick_dtype(request.dtype, device)
+    model, companions = load_model(request.model, device, dtype)
     config = from_flags(args, sample.SamplingConfig(**companions.sampling))
     codec = load_codec(request.codec or companions.codec, model.config.n_codebooks, device)
     encoder = T5Encoder.from_pretrained(request.text_encoder or companions.text_encoder)
     companions.check(codec, encoder)
-    rescorer, needs = load_model(request.rescorer, device) if request.rescorer else (None, companions)
-    needs.check(codec, encoder, f"--rescorer {request.rescorer}")
+    rescorer, needs = load_model(request.rescorer, device, dtype) if request.rescorer else (None, None)
+    if needs:
+        needs.check(codec, encoder, f"--rescorer {request.rescorer}")
     codes, _ = known_codes(request, codec, request.seconds or model.config.seconds, model.mask_id)
     if codes.shape[2] > math.ceil(model.config.seconds * codec.frame_rate):
         raise ValueError(f"watch shows one window: at most {model.config.seconds:g} s with this model")

@@ -51,8 +51,8 @@ class Run:
         self.model, self.ema = model, copy.deepcopy(model, frozen).eval().requires_grad_(False)  # which it shares
         self.network = torch.compile(model) if flags.compile else model
         if WORLD > 1:  # gradients are averaged over the processes
-            one_head = model.config.objective == "magnet"  # is used at a time, and the other heads have no gradient
-            self.network = DistributedDataParallel(self.network, find_unused_parameters=one_head)
+            unused = model.config.objective == "magnet"  # a step has one stage, whose head alone has a gradient
+            self.network = DistributedDataParallel(self.network, find_unused_parameters=unused)
             self.network.mask_id, self.network.config = model.mask_id, model.config  # which the losses ask for
         self.validate, self.valid_clips = validate, valid_clips
         self.columns = ["step", "loss", "lr", "seconds", "chance", *(
@@ -76,7 +76,7 @@ class Run:
             load_strictly(self.ema, state["ema"], self.path)
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
-                if state["scaler"]:  # empty unless it was written in half precision
+                if state["scaler"]:  # empty unless it was written in float16
                     self.scaler.load_state_dict(state["scaler"])
                 self.first, self.losses = int(state["step"]), list(state.get("losses", []))
                 self.start -= state.get("seconds", 0.0)
@@ -95,7 +95,7 @@ class Run:
         self.bar = tqdm(range(self.first, self.config.steps), initial=self.first, total=self.config.steps,
                         disable=RANK > 0 or None, unit="step")
         for step in self.bar:
-            torch.manual_seed(hash((self.config.seed, step, RANK)))  # dropout's, on every device
+            torch.manual_seed(hash((self.config.seed, step, RANK)))  # of dropout, and so alike after a resume
             yield step
             if self.total(len(asked)):
                 self.save(step + 1)

@@ -131,7 +131,7 @@ def test_draw_caption_gives_labels_that_are_true_of_a_caption_that_the_toy_token
         assert tokenizer.unk_id() not in ids and tokenizer.decode(ids) == text
 
 
-def test_however_short_its_training_a_codec_has_codebooks(call):
+def test_however_short_its_training_a_codec_has_codebooks_and_is_not_written_over(call):
     assert [call(train_codec, *"--out new --steps 5 --clips 3 --seconds 0.1".split()).code for _ in "12"] == [0, 2]
     codec = load_codec("new/codec.pt")
     assert all(layer._codebook.inited and layer._codebook.embed.any() for layer in codec.model.quantizer.vq.layers)

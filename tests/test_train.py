@@ -482,7 +482,7 @@ def test_train_that_diverges_stops_with_one_line_and_keeps_the_last_finite_check
     assert state["step"] == 5 and all(x.isfinite().all() for name in ("model", "ema") for x in state[name].values())
 
 
-def test_train_touches_a_run_only_to_resume_it_with_its_own_settings_and_not_if_it_is_finished_or_in_use(
+def test_train_touches_a_run_only_to_resume_it_with_its_settings_in_any_precision_and_not_if_finished_or_in_use(
         train_tiny, tiny_run, tmp_path, monkeypatch):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     with pytest.raises(ValueError, match="holds a run already.*--resume"):
@@ -500,7 +500,7 @@ def test_train_touches_a_run_only_to_resume_it_with_its_own_settings_and_not_if_
 # Both objectives in one launch of the two processes, because it is the launch that takes long.
 TWO = """
 import atexit, glob, sys, time, torch, train
-threads = lambda: time.sleep(1) or [next(open(x)) for x in glob.glob("/proc/self/task/*/comm")]  # the ended are gone
+threads = lambda: time.sleep(1) or [next(open(x)) for x in glob.glob("/proc/self/task/*/comm")]  # ended ones are gone
 atexit.register(lambda: print(f"seed {torch.initial_seed()} {threads()}"))
 flags = sys.argv[1:]
 for objective in ("magnet", "hybrid"):
@@ -509,7 +509,7 @@ for objective in ("magnet", "hybrid"):
 """
 
 
-def test_train_in_two_processes_has_the_losses_and_the_gradients_of_one(train_tiny, tiny_run, tmp_path):
+def test_train_in_two_processes_has_losses_and_gradients_of_one_and_ends_its_threads(train_tiny, tiny_run, tmp_path):
     """AdamW's first moment is a sum of gradients: unlike the weights, it shows their scale."""
     (tmp_path / "two.py").write_text(TWO)
     flags = "--steps 3 --accumulate 2 --clip-norm 1e9 --lr 1e-6"
